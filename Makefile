@@ -1,0 +1,28 @@
+# make demo: train a small value network and steer a larger model with it.  make test: everything is checked.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint format clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup:  ## create .venv and install everything (CPU build of vLLM unless there is an NVIDIA GPU)
+	@bash requirements/install.sh
+
+demo: setup  ## train a value network on a small model, serve it beside a larger one, print the accuracies
+	@$(BIN)/python -m ivl_vllm.demo
+
+test: setup  ## run all tests
+	@$(BIN)/python -m pytest tests
+
+lint: setup  ## check style and format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: setup  ## mend style and format
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:  ## remove .venv and caches
+	@rm -rf .venv .cache build *.egg-info

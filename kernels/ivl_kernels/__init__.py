@@ -1,0 +1,1 @@
+"""Kernels that add weighted value logits into base logits."""
