@@ -1,1 +1,89 @@
-def register(): ...
+"""The hook through which vLLM finds `ivl`: entry point `ivl` of the group `vllm.general_plugins`.
+
+vLLM calls `register` in every process. It registers the model loader `ivl` and wraps one method, by which engine
+arguments that name the processor `ivl` become a configuration that vLLM understands. Engines that do not name it are
+left as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from ivl_vllm.settings import parse_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+ALIAS = "ivl"
+PROCESSOR = "ivl_vllm:IVLLogitsProcessor"
+LOAD_FORMAT = "ivl"
+# What the user had set where the plugin put its own: kept apart from the settings, which only the user writes.
+ENGINE_KEY = "ivl_engine"
+
+
+def register() -> None:
+    """Makes vLLM know `ivl`. Safe to call more than once in a process."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor import model_loader
+
+    create = EngineArgs.create_engine_config
+    if getattr(create, "ivl", False):
+        return
+    if LOAD_FORMAT not in model_loader._LOAD_FORMAT_TO_MODEL_LOADER:
+        from ivl_vllm.serving.loader import IVLModelLoader
+
+        model_loader.register_model_loader(LOAD_FORMAT)(IVLModelLoader)
+
+    @functools.wraps(create)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        replaced = _resolve(self)
+        original = {name: getattr(self, name) for name in replaced}
+        for name, value in replaced.items():
+            setattr(self, name, value)
+        try:
+            vllm_config = create(self, *args, **kwargs)
+        finally:
+            # The user's arguments stay as they were: vLLM may make a second configuration from them.
+            for name, value in original.items():
+                setattr(self, name, value)
+        if replaced:
+            from ivl_vllm.serving.checks import check_engine
+
+            check_engine(vllm_config)
+        return vllm_config
+
+    create_engine_config.ivl = True
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def _is_ours(processor: Any) -> bool:
+    if isinstance(processor, type):
+        return f"{processor.__module__}:{processor.__qualname__}" == "ivl_vllm.serving.processor:IVLLogitsProcessor"
+    return processor in (ALIAS, PROCESSOR, "ivl_vllm.serving.processor:IVLLogitsProcessor")
+
+
+def _resolve(args: EngineArgs) -> dict[str, Any]:
+    """The engine arguments that change because `ivl` is on; nothing when it is off.
+
+    Raises:
+        ValueError: settings without the processor, or wrong settings.
+    """
+    processors = list(args.logits_processors or ())
+    additional = dict(args.additional_config or {})
+    if not any(map(_is_ours, processors)):
+        if ALIAS in additional:
+            raise ValueError(
+                f'ivl: additional_config["ivl"] is {additional[ALIAS]!r} but the logits processor is off: '
+                'add --logits-processor ivl (offline: logits_processors=["ivl"]) or remove the settings'
+            )
+        return {}
+    # Named twice, it would add the value logits twice.
+    resolved = [PROCESSOR] + [p for p in processors if not _is_ours(p)]
+    first = next(i for i, p in enumerate(processors) if _is_ours(p))
+    resolved.insert(first, resolved.pop(0))
+    settings = parse_settings(additional.get(ALIAS))
+    additional[ALIAS] = settings.to_dict()
+    additional[ENGINE_KEY] = {"load_format": str(args.load_format), "dtype": str(args.dtype).removeprefix("torch.")}
+    return {"logits_processors": resolved, "load_format": LOAD_FORMAT, "additional_config": additional}

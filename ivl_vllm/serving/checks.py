@@ -1,0 +1,156 @@
+"""Checks of a whole engine configuration, before any weight is loaded, and the value networks' own configurations."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ivl_vllm.plugin import ENGINE_KEY
+from ivl_vllm.serving import admission
+from ivl_vllm.settings import Settings, parse_settings
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+# Drafters that read nothing from the target model, whose hidden states are joined with the value networks'.
+INDEPENDENT_DRAFTERS = ("draft_model", "ngram", "ngram_gpu", "suffix")
+
+
+def engine_settings(vllm_config: VllmConfig) -> Settings:
+    """The settings of an engine that the plugin has resolved."""
+    return parse_settings(vllm_config.additional_config["ivl"])
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuses what does not work with value networks, and makes the settings known to request admission.
+
+    Raises:
+        ValueError: names the cause and the fix.
+    """
+    settings = engine_settings(vllm_config)
+    _check_features(vllm_config)
+    for network in settings.networks:
+        value_config = network_config(vllm_config, network)
+        _check_network(vllm_config.model_config, value_config, network)
+        value_config.verify_with_parallel_config(vllm_config.parallel_config)
+    admission.admit_for(settings)
+
+
+def _check_features(config: VllmConfig) -> None:
+    model, parallel, drafter = config.model_config, config.parallel_config, config.speculative_config
+    if model.runner_type == "pooling":
+        raise ValueError(f"ivl: {model.model} runs as a pooling model, which has no logits to add to: use --runner generate")
+    _check_text_only(model, f"the base model {model.model}")
+    if model.enable_prompt_embeds:
+        raise ValueError(
+            "ivl: enable_prompt_embeds is on, but a value network reads token ids: start without --enable-prompt-embeds"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"ivl: pipeline_parallel_size is {parallel.pipeline_parallel_size}, but a value network is not split into "
+            "stages: use --pipeline-parallel-size 1 (--tensor-parallel-size works)"
+        )
+    if getattr(parallel, "enable_batch_sharded_sampling", False):
+        raise ValueError(
+            "ivl: enable_batch_sharded_sampling is on, which takes logits past the value networks: "
+            "start with --no-enable-batch-sharded-sampling"
+        )
+    if drafter is None:
+        return
+    if drafter.method not in INDEPENDENT_DRAFTERS:
+        raise ValueError(
+            f"ivl: the speculative method {drafter.method!r} reads the base model's hidden states, which are joined with "
+            f"the value network's: use one of {', '.join(INDEPENDENT_DRAFTERS)}"
+        )
+    if not getattr(config, "use_v2_model_runner", False):
+        raise ValueError(
+            f"ivl: speculative decoding ({drafter.method!r}) with logits processors needs vLLM's model runner V2 and this "
+            "engine runs V1: set VLLM_USE_V2_MODEL_RUNNER=1 (vLLM 0.31 or later, with Triton), or drop the drafter"
+        )
+
+
+def _check_text_only(model: ModelConfig, what: str) -> None:
+    if model.is_encoder_decoder:
+        raise ValueError(f"ivl: {what} is an encoder-decoder model: use a decoder-only language model")
+    if model.is_multimodal_model:
+        raise ValueError(
+            f"ivl: {what} is multimodal, and a value network reads token ids only: use a text model "
+            "(for a multimodal one that has a text-only architecture, --language-model-only)"
+        )
+
+
+def network_config(vllm_config: VllmConfig, network: str) -> ModelConfig:
+    """vLLM's configuration of one value network, as far as it can differ from the base's.
+
+    Args:
+        vllm_config: the engine's configuration, with what the plugin stored in it.
+        network: folder or hub id.
+
+    Raises:
+        ValueError: there is no such model, or vLLM does not know it.
+    """
+    from vllm.config import ModelConfig
+
+    base = vllm_config.model_config
+    try:
+        return ModelConfig(
+            model=network,
+            tokenizer=network,
+            runner="generate",
+            trust_remote_code=base.trust_remote_code,
+            dtype=vllm_config.additional_config[ENGINE_KEY]["dtype"],
+            seed=base.seed,
+            # vLLM turns compilation off for the whole engine when any of its models is eager, and the other way round.
+            enforce_eager=base.enforce_eager,
+            skip_tokenizer_init=True,
+        )
+    except (ValueError, OSError) as error:
+        kind = "folder" if os.path.isdir(network) else "no folder here, taken for a hub id"
+        raise ValueError(f"ivl: the value network {network!r} ({kind}) cannot be used: {error}") from error
+
+
+def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
+    what = f"the value network {network!r}"
+    if value.runner_type != "generate":
+        raise ValueError(f"ivl: {what} is no language model: use a causal LM")
+    _check_text_only(value, what)
+    if os.path.isdir(network) and not any(name.endswith(".safetensors") for name in os.listdir(network)):
+        raise ValueError(f"ivl: {what} has no *.safetensors file: save it with safetensors, the only format that is loaded")
+    if value.max_model_len < base.max_model_len:
+        raise ValueError(
+            f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="
+            f"{base.max_model_len}: start with --max-model-len {value.max_model_len} or less"
+        )
+    _check_vocabulary(base, value, what)
+
+
+def _check_vocabulary(base: ModelConfig, value: ModelConfig, what: str) -> None:
+    """The same ids must mean the same tokens; how far each model pads its vocabulary does not matter."""
+    sizes = f"the base {base.model!r} has {base.get_vocab_size()} columns, {what} {value.get_vocab_size()}"
+    fix = "mapping one onto the other is what `vocab_map` is for, and it is not served yet: use a value network of the base's vocabulary"
+    ours, theirs = _tokens(base.tokenizer, base), _tokens(value.model, base)
+    if ours is None or theirs is None:
+        if base.get_vocab_size() != value.get_vocab_size():
+            raise ValueError(f"ivl: {sizes}, and there are no two tokenizers to compare; {fix}")
+        return
+    clash = next((i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]), None)
+    if clash is not None:
+        raise ValueError(
+            f"ivl: different vocabularies: {sizes}, and id {clash} is {ours[clash]!r} there and {theirs[clash]!r} here; {fix}"
+        )
+
+
+def _tokens(tokenizer: str | None, base: ModelConfig) -> dict[int, str] | None:
+    """id -> token string of the tokenizer at a path, or None when there is none."""
+    from vllm.tokenizers import get_tokenizer
+
+    if tokenizer is None:
+        return None
+    try:
+        loaded = get_tokenizer(tokenizer, trust_remote_code=base.trust_remote_code)
+        return {index: token for token, index in loaded.get_vocab().items()}
+    except Exception as error:  # tokenizer libraries raise anything from OSError to pyo3's own
+        from vllm.logger import init_logger
+
+        init_logger(__name__).warning("ivl: no tokenizer at %s to compare vocabularies with (%s)", tokenizer, error)
+        return None

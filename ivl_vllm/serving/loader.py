@@ -1,0 +1,100 @@
+"""The model loader `ivl`: the base by the user's own load format, the value networks beside it, both joined."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import LoadConfig, ModelConfig, VllmConfig, replace
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from ivl_vllm.plugin import ENGINE_KEY
+from ivl_vllm.serving.checks import engine_settings, network_config
+from ivl_vllm.serving.joined_model import Network, ValueRows, join
+
+
+class IVLModelLoader(BaseModelLoader):
+    """Loads base and value networks and returns the base, whose forward runs them all."""
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Downloads the base; value networks are downloaded when they are loaded."""
+        get_model_loader(self._base_load_config("auto")).download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Loads the base's weights into an existing model; the value networks keep theirs."""
+        get_model_loader(self._base_load_config("auto")).load_weights(model, model_config)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Loads the base model, and joins the value networks to it.
+
+        A draft model of speculative decoding comes by here too (vLLM loads it with the target's load format): it is
+        loaded as the user asked and not joined.
+        """
+        load_format = vllm_config.additional_config[ENGINE_KEY]["load_format"]
+        base_config = copy.copy(vllm_config)
+        base_config.load_config = self._base_load_config(load_format)
+        loader = get_model_loader(base_config.load_config)
+        base = loader.load_model(vllm_config=base_config, model_config=model_config, prefix=prefix)
+        if model_config.runner_type == "draft":
+            return base
+        networks = [
+            _load_network(vllm_config, path, number, load_format)
+            for number, path in enumerate(engine_settings(vllm_config).networks)
+        ]
+        return join(base, ValueRows.of(vllm_config), networks, model_config.get_vocab_size())
+
+    def _base_load_config(self, load_format: str) -> LoadConfig:
+        return replace(self.load_config, load_format=load_format)
+
+
+def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: str) -> Network:
+    """One value network, with its own attention layers in the engine's paged KV cache.
+
+    Args:
+        vllm_config: the engine's configuration.
+        path: folder or hub id.
+        number: position among the networks; names its layers (`ivl_0.model.layers.3.self_attn.attn`).
+        load_format: the base's. Random weights for the base mean random weights here; else safetensors and nothing else.
+    """
+    model_config = network_config(vllm_config, path)
+    # A request is as long for the value network as for the base.
+    model_config.max_model_len = vllm_config.model_config.max_model_len
+    # Not vLLM's `replace`: that derives everything anew and would change objects that base and value network share.
+    config = copy.copy(vllm_config)
+    config.model_config = model_config
+    config.load_config = LoadConfig(
+        load_format="dummy" if load_format == "dummy" else "safetensors",
+        download_dir=vllm_config.load_config.download_dir,
+    )
+    config.quant_config = VllmConfig._get_quantization_config(model_config, config.load_config)
+    # Attention takes its window from the cache configuration, and the base's may have another one or none.
+    config.cache_config = copy.copy(vllm_config.cache_config)
+    config.cache_config.sliding_window = model_config.get_sliding_window()
+    config.lora_config = None
+
+    layers = vllm_config.compilation_config.static_forward_context
+    before = set(layers)
+    prefix = f"ivl_{number}"
+    with set_model_tag(prefix):
+        loader = get_model_loader(config.load_config)
+        model = loader.load_model(vllm_config=config, model_config=model_config, prefix=prefix)
+    for name in layers.keys() - before:
+        _use_own_config(layers[name], config)
+    return Network(model, model_config)
+
+
+def _use_own_config(layer: nn.Module, config: VllmConfig) -> None:
+    """Lets the attention metadata of a value network's layer be built from its own heads and dtype, not the base's."""
+    backend = getattr(layer, "attn_backend", None)
+    if backend is None:
+        return
+
+    class Builder(backend.get_builder_cls()):
+        def __init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs):
+            super().__init__(kv_cache_spec, layer_names, config, *args, **kwargs)
+
+    # vLLM groups layers by the name of their backend: one name for each network, the same for all its layers.
+    name = f"{config.model_config.model}:{backend.__name__}"
+    layer.attn_backend = type(name, (backend,), {"get_builder_cls": staticmethod(lambda: Builder)})

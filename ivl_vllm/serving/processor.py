@@ -1,0 +1,128 @@
+"""The logits processor: adds each request's weighted value logits. One class for both of vLLM's model runners."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.logger import init_logger
+from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.sample.logits_processor import process_dict_updates
+
+from ivl_vllm.serving import admission
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
+except ImportError:  # vLLM before 0.31 has the V1 interface only
+
+    class V2LogitsProcessor:
+        """Takes the place of the interface that this vLLM lacks."""
+
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+logger = init_logger(__name__)
+
+
+class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
+    """Adds `weight * value logits` to the rows of the requests that have a weight.
+
+    vLLM's runner V1 makes it with `(vllm_config, device, is_pin_memory)` and keeps it up to date through
+    `update_state`; runner V2 makes it with `(vllm_config, req_states)` and calls `add_request`.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device_or_states: Any, is_pin_memory: bool = False):
+        # Not at the top: the frontend imports this module only to validate requests.
+        from ivl_vllm.serving.checks import engine_settings
+        from ivl_vllm.serving.joined_model import ValueRows
+        from ivl_vllm.serving.request_weights import RequestWeights
+
+        if "ivl" not in vllm_config.additional_config:
+            raise ValueError(
+                "ivl: the logits processor was given to vLLM without the plugin's help (its entry point did not run): "
+                "check that ivl-vllm is installed in this environment and that VLLM_PLUGINS, if set, contains ivl"
+            )
+        self._settings = engine_settings(vllm_config)
+        self._value_rows = ValueRows.of(vllm_config)
+        self._weights = RequestWeights(
+            vllm_config.scheduler_config.max_num_seqs,
+            len(self._settings.networks),
+            getattr(device_or_states, "device", device_or_states),
+        )
+        self._drafts = vllm_config.speculative_config is not None
+        self._by_position: dict[int, list[float]] = {}
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses a bad `extra_args["ivl"]` when the request is admitted.
+
+        Raises:
+            ValueError: vLLM answers it with HTTP 400.
+        """
+        admission.check_request(sampling_params.extra_args)
+
+    def is_argmax_invariant(self) -> bool:
+        """False: steering changes which token is the likeliest."""
+        return False
+
+    def _request_weights(self, params: SamplingParams) -> list[float] | None:
+        """Weight per network, or None for a request that is not steered."""
+        try:
+            weights = self._settings.request_weights(params.extra_args)
+        except ValueError as error:
+            # Possible only where several engines share a process and another one's settings admitted the request.
+            # Raising would take down every other request with it.
+            logger.error("%s; the request runs unsteered", error)
+            return None
+        return self._settings.network_weights(weights) if weights else None
+
+    # Runner V1: requests sit at positions of a batch and are moved about.
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follows requests that were added, removed or moved."""
+        before = dict(self._by_position)
+        if process_dict_updates(self._by_position, batch_update, lambda params, _prompt, _output: self._request_weights(params)):
+            for position in before.keys() | self._by_position.keys():
+                self._weights.set(position, self._by_position.get(position))
+        self._weights.flush()
+
+    # Runner V2: requests keep a slot, and rows are mapped to slots every step.
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Fills a slot. Returns whether `apply` has to be called for this request."""
+        steered = self._weights.set(req_idx, self._request_weights(sampling_params))
+        # With drafts a step's logits come in several pieces, and every piece must come by to keep the rows in step.
+        return steered or self._drafts
+
+    def apply_staged_writes(self) -> None:
+        """Sends this step's new weights to the device."""
+        self._weights.flush()
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
+        """Adds the weighted value logits in place.
+
+        Args:
+            logits: fp32 `[rows, vocab]`.
+            ctx: V2's `LogitsContext`; None from V1, where row i belongs to the request at position i.
+        """
+        from ivl_kernels import value_add
+
+        hidden = self._value_rows.take(logits.shape[0])
+        if ctx is None:
+            chosen = self._weights.of_rows(np.arange(logits.shape[0]))
+        elif ctx.idx_mapping_np.shape[0] == logits.shape[0] and not self._drafts:
+            chosen = self._weights.of_rows(ctx.idx_mapping_np)
+        else:
+            chosen = self._weights.of_slots(ctx.expanded_idx_mapping, ctx.idx_mapping_np)
+        for number, rows_and_weights in chosen.items():
+            if rows_and_weights is None:
+                continue
+            row_index, weights = rows_and_weights
+            rows = hidden[number] if row_index is None else hidden[number][row_index]
+            value_logits = self._value_rows.networks[number].model.compute_logits(rows)
+            value_add(logits, value_logits, weights, row_index=row_index)
+        return logits

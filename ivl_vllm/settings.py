@@ -1,0 +1,253 @@
+"""Engine settings (`additional_config["ivl"]`) and what a request may ask for (`extra_args["ivl"]`).
+
+This module imports nothing but the standard library: the vLLM frontend reads it in every process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from typing import Any
+
+_VALUE_FIELDS = ("model", "minus", "vocab_map")
+_FIELDS = ("value_model", "values", "default_weight", "max_weight")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Value:
+    """One named value: the logits of `model`, or of `model` minus those of `minus` (expert - anti-expert)."""
+
+    model: str
+    minus: str | None = None
+    vocab_map: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Validated engine settings.
+
+    Attributes:
+        values: name -> value; the first one is what a plain number in a request means.
+        default_weight: weight of the first value in a request that says nothing.
+        max_weight: largest absolute weight that a request may ask for.
+    """
+
+    values: dict[str, Value] = field(default_factory=dict)
+    default_weight: float = 0.0
+    max_weight: float = 10.0
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The distinct models behind all values, in the order in which they are loaded and numbered."""
+        models = [m for value in self.values.values() for m in (value.model, value.minus) if m is not None]
+        return tuple(dict.fromkeys(models))
+
+    def network_weights(self, weights: Mapping[str, float]) -> list[float]:
+        """The weight of every network's logits, from the weights of the named values.
+
+        `w * (model - minus)` is `+w` for `model` and `-w` for `minus`; a network that serves several values gets the sum.
+        """
+        by_network = dict.fromkeys(self.networks, 0.0)
+        for name, weight in weights.items():
+            value = self.values[name]
+            by_network[value.model] += weight
+            if value.minus is not None:
+                by_network[value.minus] -= weight
+        return list(by_network.values())
+
+    def request_weights(self, extra_args: Mapping[str, Any] | None) -> dict[str, float]:
+        """The weights that a request asks for, by name of the value; only those that are not zero.
+
+        Args:
+            extra_args: `SamplingParams.extra_args` (over HTTP: `vllm_xargs`).
+
+        Raises:
+            ValueError: anything but a number, a boolean, `{"name": number}` or `"name=number,other=number"`; an unknown
+                name; a weight that is not finite or beyond `max_weight`.
+        """
+        asked = (extra_args or {}).get("ivl")
+        if "ivl" not in (extra_args or {}):
+            asked = self.default_weight
+        elif isinstance(asked, str):
+            asked = _parse_pairs(asked)
+        if not isinstance(asked, Mapping):
+            asked = {next(iter(self.values)): asked}
+        weights = {}
+        for name, weight in asked.items():
+            if name not in self.values:
+                raise ValueError(f"ivl: unknown value {name!r}: this engine has {', '.join(self.values)}")
+            weight = _request_number(weight, name)
+            if abs(weight) > self.max_weight:
+                raise ValueError(
+                    f"ivl: weight {weight:g} of {name!r} is beyond max_weight={self.max_weight:g}: "
+                    "ask for less, or start the engine with a larger max_weight"
+                )
+            if weight:
+                weights[name] = weight
+        return weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON; `parse_settings` reads it back."""
+        return asdict(self)
+
+
+def _parse_pairs(text: str) -> dict[str, float]:
+    """`"math=1.0,code=-0.5"` -> `{"math": 1.0, "code": -0.5}`."""
+    pairs: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = None
+        if not equals or weight is None:
+            raise ValueError(
+                f'ivl: {text!r} is not a weight: send a number (1.0), true, false, or a string like "math=1.0,code=0.5"'
+            )
+        if name in pairs:
+            raise ValueError(f"ivl: {name!r} is given twice in {text!r}: name each value once")
+        pairs[name] = weight
+    return pairs
+
+
+def _request_number(weight: Any, name: str) -> float:
+    if not isinstance(weight, Real):
+        raise ValueError(
+            f"ivl: weight {weight!r} of {name!r} is a {type(weight).__name__}, not a number: send a number (1.0), true or false"
+        )
+    return _finite(weight, f"weight of {name!r}")
+
+
+def _finite(number: Real, what: str) -> float:
+    try:
+        result = float(number)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise ValueError(f"ivl: {what} is {number}: use a finite number")
+    return result
+
+
+def _setting_number(number: Any, setting: str) -> float:
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise ValueError(f"ivl: {setting} is {number!r}: use a number such as 1.0")
+    return _finite(number, setting)
+
+
+def parse_settings(config: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Reads and checks `additional_config["ivl"]`, filled up from `IVL_VALUE_MODEL` and `IVL_DEFAULT_WEIGHT`.
+
+    Raises:
+        ValueError: names the field, the value that was given and the fix.
+    """
+    config = dict(config or {}) if isinstance(config, Mapping | None) else config
+    if not isinstance(config, dict):
+        raise ValueError(f'ivl: additional_config["ivl"] is {config!r}: use an object such as {{"value_model": "FOLDER"}}')
+    _refuse_unknown(config, _FIELDS, 'additional_config["ivl"]')
+    if config.get("value_model") is not None and config.get("values"):
+        raise ValueError(
+            f"ivl: value_model={config['value_model']!r} and values={config['values']!r} are both set: "
+            "value_model is short for one entry of values, keep one of the two"
+        )
+    values = config.get("values")
+    if values is None:
+        model = config.get("value_model") or environ.get("IVL_VALUE_MODEL")
+        if not model:
+            raise ValueError(
+                "ivl: the logits processor `ivl` is on but there is no value network: set value_model, for example "
+                '--additional-config \'{"ivl": {"value_model": "FOLDER"}}\', or the variable IVL_VALUE_MODEL'
+            )
+        where = "value_model" if config.get("value_model") else "IVL_VALUE_MODEL"
+        values = {"default": {"model": model}}
+    else:
+        where = "values"
+        if not isinstance(values, Mapping) or not values:
+            raise ValueError(f'ivl: values is {values!r}: use an object such as {{"math": {{"model": "FOLDER"}}}}')
+    parsed = {name: _parse_value(name, spec, where) for name, spec in values.items()}
+
+    max_weight = _setting_number(config.get("max_weight", Settings.max_weight), "max_weight")
+    if max_weight <= 0:
+        raise ValueError(f"ivl: max_weight is {max_weight:g}: use a number above 0")
+    default_weight = _default_weight(config, environ)
+    if abs(default_weight) > max_weight:
+        raise ValueError(
+            f"ivl: default_weight is {default_weight:g}, beyond max_weight={max_weight:g}: lower it or raise max_weight"
+        )
+    return Settings(parsed, default_weight, max_weight)
+
+
+def _default_weight(config: Mapping[str, Any], environ: Mapping[str, str]) -> float:
+    if "default_weight" in config:
+        return _setting_number(config["default_weight"], "default_weight")
+    text = environ.get("IVL_DEFAULT_WEIGHT")
+    if not text:
+        return Settings.default_weight
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueError(f"ivl: IVL_DEFAULT_WEIGHT is {text!r}: use a number such as 1.0") from None
+    return _finite(number, "IVL_DEFAULT_WEIGHT")
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"ivl: unknown field {name!r} = {given[name]!r} in {where}: use one of {', '.join(known)}")
+
+
+def _parse_value(name: Any, spec: Any, where: str) -> Value:
+    setting = where if where != "values" else f"values[{name!r}]"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"ivl: {name!r} is no name for a value: use letters, digits, '_', '.', '-', a letter first")
+    if not isinstance(spec, Mapping):
+        raise ValueError(f'ivl: {setting} is {spec!r}: use an object such as {{"model": "FOLDER"}}')
+    _refuse_unknown(spec, _VALUE_FIELDS, setting)
+    if not spec.get("model"):
+        raise ValueError(f"ivl: {setting} has no model: give a folder or hub id as model")
+    for key in _VALUE_FIELDS:
+        path = spec.get(key)
+        if path is None:
+            continue
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"ivl: {key} of {setting} is {path!r}: use a path as a string")
+        if key != "vocab_map" and not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
+            shown = setting if where != "values" and key == "model" else f"{key} of {setting}"
+            raise ValueError(f"ivl: {shown} is {path!r}: there is no such folder; give a folder with config.json or a hub id")
+    if spec.get("vocab_map") is not None:
+        raise ValueError(
+            f"ivl: vocab_map of {setting} is {spec['vocab_map']!r}: mapped vocabularies are not served yet; "
+            "use a value network with the base's vocabulary and leave vocab_map out"
+        )
+    return Value(spec["model"], spec.get("minus"), spec.get("vocab_map"))
+
+
+def engine_args(
+    value_model: str | None = None,
+    *,
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+    default_weight: float | None = None,
+    max_weight: float | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM` (or `EngineArgs`) that put value networks beside the base model.
+
+    `LLM(BASE, **ivl_vllm.engine_args(value_model=VALUE, default_weight=0.0))`
+
+    Args:
+        value_model: folder or hub id of one value network.
+        values: name -> `{"model": ..., "minus": ...}`, instead of `value_model`.
+        default_weight: weight of a request that says nothing; 0.0 unless given.
+        max_weight: largest accepted absolute weight; 10.0 unless given.
+
+    Raises:
+        ValueError: names the field, the value that was given and the fix.
+    """
+    given = {"value_model": value_model, "values": values, "default_weight": default_weight, "max_weight": max_weight}
+    config = {name: value for name, value in given.items() if value is not None}
+    parse_settings(config)
+    return {"logits_processors": ["ivl"], "additional_config": {"ivl": config}}

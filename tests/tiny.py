@@ -1,0 +1,102 @@
+"""Real, tiny models with random weights and a real tokenizer, saved as ordinary Hugging Face folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+VOCAB = 320
+TEXT = [
+    "the quick brown fox jumps over the lazy dog and says hello to the world",
+    '{"name": "Ada", "age": 36, "tags": ["a", "b", "c"], "ok": true, "none": null}',
+    "0 1 2 3 4 5 6 7 8 9 10 20 30 plus minus equals true false user assistant system",
+]
+CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+def make_tokenizer(folder: Path, vocab_size: int = VOCAB, text: list[str] = TEXT) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with an end token and a chat template, trained on the spot."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        text * 8,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+    return fast
+
+
+def _save(model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> Path:
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def make_model(
+    folder: Path,
+    kind: str = "llama",
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 2,
+    kv_heads: int = 1,
+    vocab_size: int = VOCAB,
+    positions: int = 512,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: bool = True,
+    scale: float = 0.15,
+) -> Path:
+    """A causal LM with random weights, wide enough that no two logits are close.
+
+    Args:
+        folder: where it is written.
+        kind: "llama", "mistral" (takes a sliding `window`) or "qwen2" (has biases, ties its embeddings).
+        seed: of its weights.
+        hidden: width; the head size is `hidden // heads`.
+        layers: depth.
+        heads: query heads.
+        kv_heads: key and value heads.
+        vocab_size: columns of its logits; more than the tokenizer's tokens is padding.
+        positions: context length.
+        window: sliding window in tokens.
+        dtype: of the checkpoint.
+        tokenizer: save the tokenizer beside it.
+        scale: standard deviation of the weights.
+    """
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        "initializer_range": scale,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common))
+    elif kind == "mistral":
+        model = MistralForCausalLM(MistralConfig(**common, sliding_window=window))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
+    else:
+        raise ValueError(kind)
+    if tokenizer:
+        make_tokenizer(folder)
+    return _save(model, folder, dtype)
