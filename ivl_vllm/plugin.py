@@ -51,7 +51,7 @@ def register() -> None:
         if replaced:
             from ivl_vllm.serving.checks import check_engine
 
-            check_engine(vllm_config)
+            check_engine(vllm_config, hybrid_is_users_choice=self.disable_hybrid_kv_cache_manager is not None)
         return vllm_config
 
     create_engine_config.ivl = True

@@ -21,19 +21,34 @@ def engine_settings(vllm_config: VllmConfig) -> Settings:
     return parse_settings(vllm_config.additional_config["ivl"])
 
 
-def check_engine(vllm_config: VllmConfig) -> None:
+def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) -> None:
     """Refuses what does not work with value networks, and makes the settings known to request admission.
+
+    Args:
+        vllm_config: of the whole engine; how it lays out its KV cache is settled here.
+        hybrid_is_users_choice: the user said whether sliding windows get a KV cache of their own.
 
     Raises:
         ValueError: names the cause and the fix.
     """
     settings = engine_settings(vllm_config)
     _check_features(vllm_config)
+    models = [vllm_config.model_config]
     for network in settings.networks:
         value_config = network_config(vllm_config, network)
         _check_network(vllm_config.model_config, value_config, network)
         value_config.verify_with_parallel_config(vllm_config.parallel_config)
+        models.append(value_config)
+    if not hybrid_is_users_choice and any(map(_has_window, models)) and not vllm_config.model_config.is_hybrid:
+        # Pages of different models rarely fit each other. vLLM would make groups as small as one layer out of them, or
+        # give up; as full attention (the window still holds when attention is computed) all layers share one group.
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
     admission.admit_for(settings)
+
+
+def _has_window(model: ModelConfig) -> bool:
+    text = model.hf_text_config
+    return any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _check_features(config: VllmConfig) -> None:

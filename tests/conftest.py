@@ -1,0 +1,25 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import parity  # noqa: E402, F401  (sets vLLM's environment before any test imports vLLM)
+from tiny import VOCAB, make_model  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of tiny models that differ in architecture, depth, heads, head size, window and padding."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "base": make_model(root / "base", seed=1, hidden=128, layers=3, heads=4, kv_heads=2),
+        "value": make_model(root / "value", "qwen2", seed=2, hidden=64, heads=2, kv_heads=1),
+        # 64 wide heads, a sliding window, one layer, fewer padded columns than the base.
+        "sliding": make_model(
+            root / "sliding", "mistral", seed=3, hidden=128, layers=1, heads=2, kv_heads=2, window=24, vocab_size=VOCAB - 8
+        ),
+        # More padded columns than the base.
+        "anti": make_model(root / "anti", seed=4, hidden=64, layers=1, vocab_size=VOCAB + 24),
+    }

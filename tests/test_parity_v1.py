@@ -1,0 +1,186 @@
+"""Model runner V1: token-identical to the reference under every schedule."""
+
+import json
+import random
+
+import pytest
+import torch
+from parity import Reference, Request, assert_parity, engine, metric, mismatches, random_requests, run
+
+import ivl_vllm
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "tag": {"type": "string", "enum": ["a", "b"]}},
+    "required": ["ok", "tag"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def reference(models):
+    return Reference(
+        models["base"], math=models["value"], style=(models["sliding"], models["anti"])
+    )
+
+
+@pytest.fixture(scope="module")
+def llm(models):
+    """Two values (one a `minus` pair) beside the base; chunked prefill in small pieces; prefix caching on."""
+    values = {
+        "math": {"model": str(models["value"])},
+        "style": {"model": str(models["sliding"]), "minus": str(models["anti"])},
+    }
+    with engine(
+        models["base"],
+        **ivl_vllm.engine_args(values=values),
+        max_num_batched_tokens=32,
+        logprobs_mode="processed_logprobs",
+        structured_outputs_config={"disable_any_whitespace": True, "backend": "xgrammar"},
+    ) as llm:
+        yield llm
+
+
+def test_random_mixes(llm, reference):
+    requests = random_requests(120, seed=1, names=("math", "style"))
+    outputs = run(llm, requests)
+    assert_parity(reference, requests, outputs)
+    # The token budget of 32 cuts longer prompts up, and shared prefixes were read from the cache.
+    assert any(len(r.prompt) - o.num_cached_tokens > 32 for r, o in zip(requests, outputs))
+    assert sum(o.num_cached_tokens for o in outputs) > 0
+
+
+def test_prefix_cache_hits_between_steered_and_unsteered(llm, reference):
+    rng = random.Random(5)
+    prompt = [rng.randrange(4, 320) for _ in range(100)]
+    weights = [{}, {"math": 1.0}, {"style": 0.5}, {}, {"math": -1.0, "style": 2.0}]
+    requests = [Request(prompt, w, w or ..., {"max_tokens": 8}, arrives=12 * i) for i, w in enumerate(weights)]
+    outputs = run(llm, requests)
+    assert_parity(reference, requests, outputs)
+    assert all(o.num_cached_tokens >= 64 for o in outputs[1:])
+    assert len({tuple(o.outputs[0].token_ids) for o in outputs}) == 4  # the two unsteered ones agree
+
+
+def test_abort_in_mid_flight(llm, reference):
+    requests = random_requests(24, seed=3, names=("math", "style"), last_arrival=10)
+    for i, request in enumerate(requests):
+        request.params["max_tokens"] = 24
+        request.aborts = 5 if i % 3 == 0 else None
+    outputs = run(llm, requests)
+    assert [o is None for o in outputs] == [i % 3 == 0 for i in range(24)]
+    assert_parity(reference, requests, outputs)
+
+
+def test_seeded_sampling_and_n(llm, reference):
+    """The same seed gives the tokens that vLLM's own sampler draws from the reference's logits."""
+    rng = random.Random(7)
+    for seed, weights in enumerate([{}, {"math": 0.7}, {"math": 1.0, "style": -0.5}]):
+        # Three prompts of 8 tokens fit one step: vLLM cannot rewind a CPU generator after a cut-up prompt.
+        prompt = [rng.randrange(4, 320) for _ in range(8)]
+        params = {"temperature": 0.8, "max_tokens": 10, "seed": seed, "n": 3}
+        (output,) = run(llm, [Request(prompt, weights, weights, params)])
+        assert len(output.outputs) == 3
+        for completion in output.outputs:
+            # vLLM seeds the n samples of a request with seed, seed + 1, ...
+            tokens = list(completion.token_ids)
+            logits = reference.logits([*prompt, *tokens], weights)[len(prompt) - 1 : -1]
+            generator = torch.Generator().manual_seed(seed + completion.index)
+            drawn = []
+            for row in logits:
+                noise = torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+                drawn.append(int(torch.ops._C.fused_gumbel_argmax((row / 0.8).unsqueeze(0).contiguous(), noise)))
+            assert tokens == drawn
+        assert len({tuple(c.token_ids) for c in output.outputs}) == 3
+
+
+def test_processed_logprobs(llm, reference):
+    requests = random_requests(12, seed=11, names=("math", "style"))
+    for request in requests:
+        request.params["logprobs"] = 5
+    outputs = run(llm, requests)
+    assert_parity(reference, requests, outputs)
+    off_base = 0.0
+    for request, output in zip(requests, outputs):
+        completion = output.outputs[0]
+        ids = [*request.prompt, *completion.token_ids]
+        rows = slice(len(request.prompt) - 1, -1)
+        expected = reference.logits(ids, request.weights)[rows].log_softmax(-1)
+        base = reference.logits(ids, {})[rows].log_softmax(-1)
+        for position, chosen in enumerate(completion.logprobs):
+            for token, logprob in chosen.items():
+                assert abs(logprob.logprob - expected[position, token].item()) < 1e-3
+                off_base = max(off_base, abs(logprob.logprob - base[position, token].item()))
+    assert off_base > 0.1
+
+
+def test_structured_output_stays_valid_under_a_strong_weight(llm):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prompt = llm.get_tokenizer().encode("the user says hello")
+    requests = [
+        Request(
+            prompt,
+            {},
+            {"math": weight},
+            {"structured_outputs": StructuredOutputsParams(json=SCHEMA), "max_tokens": 60, "ignore_eos": False, "detokenize": True},
+        )
+        for weight in (-10.0, 0.0, 10.0)
+    ]
+    texts = [output.outputs[0].text for output in run(llm, requests)]
+    for text in texts:
+        answer = json.loads(text)
+        assert isinstance(answer["ok"], bool) and answer["tag"] in ("a", "b")
+    assert len(set(texts)) > 1  # the weight chose among the valid ones
+
+
+def test_stop_strings(llm, reference):
+    prompt = [5, 90, 17, 33]
+    weights = {"math": 1.0}
+    (free,) = run(llm, [Request(prompt, weights, weights, {"max_tokens": 20, "detokenize": True})])
+    text = free.outputs[0].text
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    (stopped,) = run(llm, [Request(prompt, weights, weights, {"max_tokens": 20, "detokenize": True, "stop": [stop]})])
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert stopped.outputs[0].text == text[: text.index(stop)]
+
+
+def test_bad_requests_are_refused_and_harm_no_other(llm, reference):
+    good = random_requests(6, seed=13, names=("math", "style"), last_arrival=1)
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    for bad in ("strong", "math", "math=", "math=a", "math=nan", "none=1.0", "math=1,math=2", [1.0], {"math": "1"}, {"x": 1.0}, float("nan"), float("inf"), 11, -10.5, None):
+        with pytest.raises(VLLMValidationError, match="ivl"):
+            llm.generate({"prompt_token_ids": [5, 6]}, SamplingParams(extra_args={"ivl": bad}), use_tqdm=False)
+    assert_parity(reference, good, run(llm, good))
+
+
+def test_wrong_weight_is_noticed(llm, reference):
+    """The parity check itself can fail: outputs of one weight are not the reference of another."""
+    requests = random_requests(10, seed=17, names=("math",))
+    for request in requests:
+        request.weights, request.ivl = {"math": 1.0}, 1.0
+    outputs = run(llm, requests)
+    for request in requests:
+        request.weights = {"math": 1.5}
+    assert len(mismatches(reference, requests, outputs)) > 5
+
+
+def test_preemption_and_default_weight(models):
+    """So few KV blocks that running requests are thrown out and computed again."""
+    with engine(
+        models["base"],
+        **ivl_vllm.engine_args(value_model=str(models["value"]), default_weight=0.75),
+        num_gpu_blocks_override=14,
+        disable_log_stats=False,
+        enable_prefix_caching=False,
+    ) as llm:
+        requests = random_requests(40, seed=19, last_arrival=5)
+        for request in requests:
+            request.params["max_tokens"] = 40
+            if request.ivl is ...:
+                request.weights = {"default": 0.75}
+        assert any(r.ivl is ... for r in requests)
+        outputs = run(llm, requests)
+        assert metric(llm, "vllm:num_preemptions") > 0
+    assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
