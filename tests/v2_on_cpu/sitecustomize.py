@@ -30,4 +30,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         def get_benchmarker(self):
             raise NotImplementedError("nothing is timed in the interpreter")
 
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    masked_store = InterpreterBuilder.create_masked_store
+
+    def store_with_a_boolean_mask(self, ptrs, value, mask, cache_policy):
+        # vLLM's grammar kernel ands a scalar comparison into its mask, which the interpreter leaves as integers 0 and 1.
+        return masked_store(self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy)
+
+    InterpreterBuilder.create_masked_store = store_with_a_boolean_mask
     backends.backends["cpu"] = backends.Backend(compiler=backends.BaseBackend, driver=InterpreterDriver)

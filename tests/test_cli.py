@@ -1,0 +1,135 @@
+"""The command `ivl`: help, `inspect`, and what a user sees when something is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_training import make_model, make_tokenizer, next_letter_rows, write_rows
+
+from ivl_vllm import cli
+from ivl_vllm.training.ivl_config import IVLConfig
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "train" in out and "inspect" in out
+
+
+def test_train_help_is_complete_and_loads_no_torch():
+    code = (
+        "import sys; from ivl_vllm import cli; status = cli.main(['train', '--help']); "
+        "sys.exit(status or ('torch' in sys.modules) or ('trl' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    from dataclasses import fields
+
+    from ivl_vllm.training.arguments import CommonArguments, ValueArguments
+
+    for name in [f.name for f in (*fields(ValueArguments), *fields(CommonArguments))]:
+        assert f"--{name}" in done.stdout
+    assert "--config" in done.stdout and "--help-all" in done.stdout
+
+
+def test_help_all_has_the_trainers_own_fields(capsys):
+    assert cli.main(["train", "--help-all"]) == 0
+    out = capsys.readouterr().out
+    assert "--packing" in out and "--fsdp" in out and "--norm_weight" in out
+
+
+@pytest.mark.parametrize("words", [[], ["no-such-command"], ["inspect"]])
+def test_wrong_words_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert "usage: ivl" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def value_folder(tmp_path_factory):
+    """Made by the command as a user runs it: a process, a YAML file and flags."""
+    root = tmp_path_factory.mktemp("cli")
+    make_model(root / "base", make_tokenizer())
+    data = write_rows(root / "data.jsonl", next_letter_rows(20, 0))
+    (root / "run.yaml").write_text(f"base: {root / 'base'}\ndata: {data}\nmax_steps: 2\nsave-strategy: 'no'\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "ivl_vllm.cli", "train", "--config", root / "run.yaml", "--output", root / "value"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trainable parameters: " in done.stdout and "vllm serve BASE" in done.stdout
+    assert "'ce'" in done.stdout + done.stderr and "'norm'" in done.stdout + done.stderr
+    return root / "value"
+
+
+def test_inspect_a_value_network(value_folder, capsys):
+    assert cli.main(["inspect", str(value_folder)]) == 0
+    out = capsys.readouterr().out
+    rows = dict(line.split("  ", 1) for line in out.splitlines())
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["kind"] == "value network, scheme residual"
+    assert rows["trained against"] == str(value_folder.parent / "base")
+    assert rows["dtype"] == "float32"
+    assert rows["norm"] == "l1, λ = 1"
+    assert rows["fingerprint"].endswith(", ok")
+    assert rows["vocabulary"] == f"{len(make_tokenizer())} columns"
+    assert rows["serve"].startswith("vllm serve BASE --logits-processor ivl --additional-config ")
+    assert json.loads(rows["serve"].split("'")[1]) == {"ivl": {"value_model": str(value_folder)}}
+    from safetensors.torch import load_file
+
+    count = sum(tensor.numel() for tensor in load_file(value_folder / "model.safetensors").values())
+    assert rows["parameters"] == f"{count:,}"
+
+
+def test_inspect_sees_a_tokenizer_that_does_not_belong(value_folder, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(value_folder, tmp_path / "copy")
+    make_tokenizer(words=["other"]).save_pretrained(folder)
+    config = IVLConfig.read(folder)
+    (folder / "ivl_config.json").write_text(json.dumps({**vars(config), "vocab_size": 7}))
+    assert cli.main(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "MISMATCH with the tokenizer" in out
+    assert "ivl_config.json says 7: MISMATCH" in out
+
+
+def test_inspect_a_plain_causal_lm(value_folder, capsys):
+    assert cli.main(["inspect", str(value_folder.parent / "base")]) == 0
+    out = capsys.readouterr().out
+    assert "plain residual value network" in out
+    assert "LlamaForCausalLM, 2 layers of 32" in out
+    assert "fingerprint" not in out
+
+
+def test_inspect_refuses_in_one_line(value_folder, tmp_path, capsys):
+    import shutil
+
+    broken = shutil.copytree(value_folder, tmp_path / "broken")
+    (broken / "ivl_config.json").write_text("{")
+    weightless = shutil.copytree(value_folder, tmp_path / "weightless")
+    (weightless / "model.safetensors").unlink()
+    garbage = shutil.copytree(value_folder, tmp_path / "garbage")
+    (garbage / "model.safetensors").write_bytes(b"\xff" * 64)
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for folder, message in {
+        tmp_path / "absent": "no such folder",
+        tmp_path / "empty": "no config.json",
+        encoder: "no causal LM",
+        weightless: "no model*.safetensors",
+        garbage: "no safetensors file",
+        broken: "no JSON",
+    }.items():
+        assert cli.main(["inspect", str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("ivl inspect: error: ") and err.count("\n") == 1
+        assert message in err

@@ -1,0 +1,112 @@
+"""Model runner V2 in Triton's interpreter. `test_parity_v2.py` runs this file in a process of its own."""
+
+import json
+import random
+
+import pytest
+from parity import Reference, Request, assert_parity, engine, metric, random_requests, run
+from tiny import make_model
+
+import ivl_vllm
+
+
+def test_random_mixes_chunked_prefill_and_prefix_cache(models):
+    """Two values, one of them a `minus` pair; then logprobs, structured output and an abort on the same engine."""
+    values = {
+        "math": {"model": str(models["value"])},
+        "style": {"model": str(models["sliding"]), "minus": str(models["anti"])},
+    }
+    reference = Reference(models["base"], math=models["value"], style=(models["sliding"], models["anti"]))
+    with engine(
+        models["base"],
+        **ivl_vllm.engine_args(values=values, default_weight=0.5),
+        max_num_batched_tokens=32,
+        logprobs_mode="processed_logprobs",
+        structured_outputs_config={"disable_any_whitespace": True, "backend": "xgrammar"},
+    ) as llm:
+        assert llm.llm_engine.vllm_config.use_v2_model_runner
+        requests = random_requests(48, seed=1, names=("math", "style"))
+        for number, request in enumerate(requests):
+            request.weights = request.weights if request.ivl is not ... else {"math": 0.5}
+            request.aborts = 4 if number % 12 == 5 else None
+            request.params["max_tokens"] = min(10, request.params["max_tokens"])
+        outputs = run(llm, requests)
+        assert_parity(reference, requests, outputs)
+        assert 0 < sum(o is None for o in outputs) <= 4
+        done = [(r, o) for r, o in zip(requests, outputs) if o is not None]
+        assert any(len(r.prompt) - o.num_cached_tokens > 32 for r, o in done)
+        assert sum(o.num_cached_tokens for _, o in done) > 0
+
+        asked = Request(requests[0].prompt, {"style": 1.0}, {"style": 1.0}, {"logprobs": 3, "max_tokens": 4})
+        (output,) = run(llm, [asked])
+        tokens = list(output.outputs[0].token_ids)
+        expected = reference.logits([*asked.prompt, *tokens], asked.weights)[len(asked.prompt) - 1 : -1].log_softmax(-1)
+        for position, chosen in enumerate(output.outputs[0].logprobs):
+            for token, logprob in chosen.items():
+                assert abs(logprob.logprob - expected[position, token].item()) < 1e-3
+
+        from vllm.sampling_params import StructuredOutputsParams
+
+        schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+        guided = Request(
+            [5, 6, 7], {}, {"math": 10.0}, {"structured_outputs": StructuredOutputsParams(json=schema), "ignore_eos": False, "detokenize": True, "max_tokens": 30}
+        )
+        assert isinstance(json.loads(run(llm, [guided])[0].outputs[0].text)["ok"], bool)
+
+
+def test_preemption(models):
+    with engine(
+        models["base"],
+        **ivl_vllm.engine_args(value_model=str(models["value"])),
+        num_gpu_blocks_override=10,
+        disable_log_stats=False,
+        enable_prefix_caching=False,
+    ) as llm:
+        requests = random_requests(12, seed=19, last_arrival=3)
+        for request in requests:
+            request.params["max_tokens"] = 36
+        outputs = run(llm, requests)
+        assert metric(llm, "vllm:num_preemptions") > 0
+    assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
+
+
+@pytest.mark.parametrize("chunk_logits", [None, 7], ids=["one_piece", "in_pieces"])
+def test_speculative_decoding_with_a_draft_model(models, tmp_path, monkeypatch, chunk_logits):
+    """Drafts of a third model are checked against the joined distribution; weights of every kind in one batch.
+
+    In pieces: vLLM hands the processor the logits of a step in chunks when they are large; 7 rows make that happen here.
+    """
+    if chunk_logits is not None:
+        from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+        monkeypatch.setattr(rejection_sampler, "get_max_chunk_logits", lambda vocab_size: chunk_logits)
+    # A draft model that often agrees with the base: the base's own first layers would do as well.
+    draft = make_model(tmp_path / "draft", seed=1, hidden=128, layers=3, heads=4, kv_heads=2)
+    with engine(
+        models["base"],
+        **ivl_vllm.engine_args(value_model=str(models["value"])),
+        speculative_config={"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3},
+        disable_log_stats=False,
+    ) as llm:
+        requests = random_requests(20, seed=23, last_arrival=8)
+        for request in requests:
+            request.params["max_tokens"] = min(12, request.params["max_tokens"])
+        outputs = run(llm, requests)
+        assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
+        assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
+    assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
+
+
+def test_seeded_sampling_repeats_itself_and_follows_the_weight(models):
+    with engine(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"]))) as llm:
+        rng = random.Random(3)
+        prompt = [rng.randrange(4, 320) for _ in range(9)]
+
+        def sample(weight, seed, crowd):
+            requests = [Request(prompt, {}, weight, {"temperature": 0.7, "seed": seed, "max_tokens": 8})]
+            requests += random_requests(crowd, seed=5, last_arrival=1)
+            return list(run(llm, requests)[0].outputs[0].token_ids)
+
+        assert sample(1.0, 1, 0) == sample(1.0, 1, 5)
+        assert sample(1.0, 1, 0) != sample(1.0, 2, 0)
+        assert sample(1.0, 1, 0) != sample(0.0, 1, 0)
