@@ -133,5 +133,5 @@ class JoinedModel:
 def join(base: nn.Module, rows: ValueRows, networks: list[Network], base_vocab_size: int) -> nn.Module:
     """Makes `base` run `networks` on the same tokens. The same object comes back, of a class derived from its own."""
     base._ivl = _Join(rows, networks, base_vocab_size)
-    base.__class__ = type(f"IVL{type(base).__name__}", (JoinedModel, type(base)), {})
+    base.__class__ = type(f"IVL{type(base).__name__}", (JoinedModel, type(base)), {"__module__": __name__})
     return base

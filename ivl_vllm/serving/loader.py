@@ -81,11 +81,11 @@ def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: 
         loader = get_model_loader(config.load_config)
         model = loader.load_model(vllm_config=config, model_config=model_config, prefix=prefix)
     for name in layers.keys() - before:
-        _use_own_config(layers[name], config)
+        _use_own_config(layers[name], config, prefix)
     return Network(model, model_config)
 
 
-def _use_own_config(layer: nn.Module, config: VllmConfig) -> None:
+def _use_own_config(layer: nn.Module, config: VllmConfig, prefix: str) -> None:
     """Lets the attention metadata of a value network's layer be built from its own heads and dtype, not the base's."""
     backend = getattr(layer, "attn_backend", None)
     if backend is None:
@@ -96,5 +96,5 @@ def _use_own_config(layer: nn.Module, config: VllmConfig) -> None:
             super().__init__(kv_cache_spec, layer_names, config, *args, **kwargs)
 
     # vLLM groups layers by the name of their backend: one name for each network, the same for all its layers.
-    name = f"{config.model_config.model}:{backend.__name__}"
-    layer.attn_backend = type(name, (backend,), {"get_builder_cls": staticmethod(lambda: Builder)})
+    members = {"get_builder_cls": staticmethod(lambda: Builder), "__module__": __name__}
+    layer.attn_backend = type(f"{prefix}_{backend.__name__}", (backend,), members)
