@@ -1,8 +1,9 @@
 """The hook through which vLLM finds `ivl`: entry point `ivl` of the group `vllm.general_plugins`.
 
-vLLM calls `register` in every process. It registers the model loader `ivl` and wraps one method, by which engine
-arguments that name the processor `ivl` become a configuration that vLLM understands. Engines that do not name it are
-left as they are.
+vLLM calls `register` in every process. It registers the model loader `ivl` and wraps two methods:
+`EngineArgs.create_engine_config`, so that engine arguments that name the processor `ivl` become a configuration that
+vLLM understands, and `SamplingParams.from_optional`, so that a streamed HTTP request is checked before its answer
+begins. Engines that do not name `ivl` are left as they are.
 """
 
 from __future__ import annotations
@@ -56,6 +57,28 @@ def register() -> None:
 
     create_engine_config.ivl = True
     EngineArgs.create_engine_config = create_engine_config
+    _check_requests_early()
+
+
+def _check_requests_early() -> None:
+    """Has every HTTP request checked where its sampling parameters are made.
+
+    vLLM's own check (`validate_params` of the processor) runs when the first token is asked for. A streamed answer has
+    said 200 by then and could only carry the error as an event.
+    """
+    from vllm import SamplingParams
+
+    from ivl_vllm.serving import admission
+
+    make = SamplingParams.from_optional
+
+    @functools.wraps(make)
+    def from_optional(*args: Any, **kwargs: Any) -> SamplingParams:
+        params = make(*args, **kwargs)
+        admission.check_request(params.extra_args)
+        return params
+
+    SamplingParams.from_optional = staticmethod(from_optional)
 
 
 def _is_ours(processor: Any) -> bool:

@@ -18,7 +18,15 @@ def models(tmp_path_factory) -> dict[str, Path]:
         "value": make_model(root / "value", "qwen2", seed=2, hidden=64, heads=2, kv_heads=1),
         # 64 wide heads, a sliding window, one layer, fewer padded columns than the base.
         "sliding": make_model(
-            root / "sliding", "mistral", seed=3, hidden=128, layers=1, heads=2, kv_heads=2, window=24, vocab_size=VOCAB - 8
+            root / "sliding",
+            "mistral",
+            seed=3,
+            hidden=128,
+            layers=1,
+            heads=2,
+            kv_heads=2,
+            window=24,
+            vocab_size=VOCAB - 8,
         ),
         # More padded columns than the base.
         "anti": make_model(root / "anti", seed=4, hidden=64, layers=1, vocab_size=VOCAB + 24),

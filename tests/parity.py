@@ -95,7 +95,13 @@ class Request:
 
 
 def random_requests(
-    count: int, seed: int, names: Sequence[str] = ("default",), *, vocab: int = 320, longest: int = 60, last_arrival: int = 40
+    count: int,
+    seed: int,
+    names: Sequence[str] = ("default",),
+    *,
+    vocab: int = 320,
+    longest: int = 60,
+    last_arrival: int = 40,
 ) -> list[Request]:
     """Mixed weights, prompt lengths, output lengths and arrivals; a third of the prompts share a prefix."""
     rng = random.Random(seed)
@@ -122,7 +128,11 @@ def sampling_params(request: Request) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     extra = {} if request.ivl is ... else {"extra_args": {"ivl": request.ivl}}
-    return SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY} | extra | request.params)
+    return SamplingParams(
+        **{"temperature": 0.0, "ignore_eos": True, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        | extra
+        | request.params
+    )
 
 
 def run(llm: Any, requests: Sequence[Request]) -> list[Any]:

@@ -19,9 +19,15 @@ import ivl_vllm
         # The base has a sliding window, the value network none; same heads and head size, other depth.
         ({"kind": "mistral", "window": 20, "hidden": 64, "heads": 2}, {"hidden": 64, "heads": 2, "layers": 3}),
         # Same KV heads and head size, so the same KV cache layout, but another number of query heads; fewer columns.
-        ({"hidden": 128, "heads": 4, "kv_heads": 2}, {"hidden": 64, "heads": 2, "kv_heads": 2, "vocab_size": VOCAB - 4}),
+        (
+            {"hidden": 128, "heads": 4, "kv_heads": 2},
+            {"hidden": 64, "heads": 2, "kv_heads": 2, "vocab_size": VOCAB - 4},
+        ),
         # Wider heads and a larger network than the base; more columns.
-        ({"kind": "qwen2", "hidden": 64, "layers": 1}, {"hidden": 320, "heads": 4, "kv_heads": 4, "vocab_size": VOCAB + 60}),
+        (
+            {"kind": "qwen2", "hidden": 64, "layers": 1},
+            {"hidden": 320, "heads": 4, "kv_heads": 4, "vocab_size": VOCAB + 60},
+        ),
     ],
     ids=["window_on_base", "query_heads", "larger_value"],
 )
@@ -68,9 +74,10 @@ def test_torch_compile(models, tmp_path, monkeypatch):
     from vllm.compilation.counter import compilation_counter
 
     values = {"a": {"model": str(models["value"])}, "b": {"model": str(models["anti"])}}
-    with compilation_counter.expect(num_models_seen=3), engine(
-        models["base"], **ivl_vllm.engine_args(values=values), enforce_eager=False
-    ) as llm:
+    with (
+        compilation_counter.expect(num_models_seen=3),
+        engine(models["base"], **ivl_vllm.engine_args(values=values), enforce_eager=False) as llm,
+    ):
         requests = random_requests(24, seed=41, names=("a", "b"), last_arrival=10)
         outputs = run(llm, requests)
     assert_parity(Reference(models["base"], a=models["value"], b=models["anti"]), requests, outputs)
@@ -107,7 +114,9 @@ def test_low_rank_adapters_on_the_base(models, tmp_path):
     request = Request(prompt, {"default": 1.0}, 1.0, params)
     from parity import sampling_params
 
-    with engine(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"])), enable_lora=True, max_lora_rank=8) as llm:
+    with engine(
+        models["base"], **ivl_vllm.engine_args(value_model=str(models["value"])), enable_lora=True, max_lora_rank=8
+    ) as llm:
         adapter = LoRARequest("a", 1, str(tmp_path / "adapter"))
         with_adapter = llm.generate(
             {"prompt_token_ids": prompt}, sampling_params(request), lora_request=adapter, use_tqdm=False

@@ -19,9 +19,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def reference(models):
-    return Reference(
-        models["base"], math=models["value"], style=(models["sliding"], models["anti"])
-    )
+    return Reference(models["base"], math=models["value"], style=(models["sliding"], models["anti"]))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +120,12 @@ def test_structured_output_stays_valid_under_a_strong_weight(llm):
             prompt,
             {},
             {"math": weight},
-            {"structured_outputs": StructuredOutputsParams(json=SCHEMA), "max_tokens": 60, "ignore_eos": False, "detokenize": True},
+            {
+                "structured_outputs": StructuredOutputsParams(json=SCHEMA),
+                "max_tokens": 60,
+                "ignore_eos": False,
+                "detokenize": True,
+            },
         )
         for weight in (-10.0, 0.0, 10.0)
     ]
@@ -149,7 +152,23 @@ def test_bad_requests_are_refused_and_harm_no_other(llm, reference):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    for bad in ("strong", "math", "math=", "math=a", "math=nan", "none=1.0", "math=1,math=2", [1.0], {"math": "1"}, {"x": 1.0}, float("nan"), float("inf"), 11, -10.5, None):
+    for bad in (
+        "strong",
+        "math",
+        "math=",
+        "math=a",
+        "math=nan",
+        "none=1.0",
+        "math=1,math=2",
+        [1.0],
+        {"math": "1"},
+        {"x": 1.0},
+        float("nan"),
+        float("inf"),
+        11,
+        -10.5,
+        None,
+    ):
         with pytest.raises(VLLMValidationError, match="ivl"):
             llm.generate({"prompt_token_ids": [5, 6]}, SamplingParams(extra_args={"ivl": bad}), use_tqdm=False)
     assert_parity(reference, good, run(llm, good))

@@ -47,9 +47,22 @@ def test_random_mixes_chunked_prefill_and_prefix_cache(models):
 
         from vllm.sampling_params import StructuredOutputsParams
 
-        schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+        schema = {
+            "type": "object",
+            "properties": {"ok": {"type": "boolean"}},
+            "required": ["ok"],
+            "additionalProperties": False,
+        }
         guided = Request(
-            [5, 6, 7], {}, {"math": 10.0}, {"structured_outputs": StructuredOutputsParams(json=schema), "ignore_eos": False, "detokenize": True, "max_tokens": 30}
+            [5, 6, 7],
+            {},
+            {"math": 10.0},
+            {
+                "structured_outputs": StructuredOutputsParams(json=schema),
+                "ignore_eos": False,
+                "detokenize": True,
+                "max_tokens": 30,
+            },
         )
         assert isinstance(json.loads(run(llm, [guided])[0].outputs[0].text)["ok"], bool)
 
@@ -110,3 +123,15 @@ def test_seeded_sampling_repeats_itself_and_follows_the_weight(models):
         assert sample(1.0, 1, 0) == sample(1.0, 1, 5)
         assert sample(1.0, 1, 0) != sample(1.0, 2, 0)
         assert sample(1.0, 1, 0) != sample(0.0, 1, 0)
+
+
+def test_batch_sharded_sampling_is_refused(models):
+    """Only runner V2 has it, over two ranks or more: it samples from logits that never meet the value networks."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    on = ivl_vllm.engine_args(value_model=str(models["value"]))
+    arguments = EngineArgs(
+        model=str(models["base"]), **on, tensor_parallel_size=2, enable_batch_sharded_sampling=True, max_model_len=256
+    )
+    with pytest.raises(ValueError, match="--no-enable-batch-sharded-sampling"):
+        arguments.create_engine_config()

@@ -54,7 +54,9 @@ def _has_window(model: ModelConfig) -> bool:
 def _check_features(config: VllmConfig) -> None:
     model, parallel, drafter = config.model_config, config.parallel_config, config.speculative_config
     if model.runner_type == "pooling":
-        raise ValueError(f"ivl: {model.model} runs as a pooling model, which has no logits to add to: use --runner generate")
+        raise ValueError(
+            f"ivl: {model.model} runs as a pooling model, which has no logits to add to: use --runner generate"
+        )
     _check_text_only(model, f"the base model {model.model}")
     if model.enable_prompt_embeds:
         raise ValueError(
@@ -120,8 +122,10 @@ def network_config(vllm_config: VllmConfig, network: str) -> ModelConfig:
             skip_tokenizer_init=True,
         )
     except (ValueError, OSError) as error:
+        # pydantic wraps the reason in a dump of all arguments
+        reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error
         kind = "folder" if os.path.isdir(network) else "no folder here, taken for a hub id"
-        raise ValueError(f"ivl: the value network {network!r} ({kind}) cannot be used: {error}") from error
+        raise ValueError(f"ivl: the value network {network!r} ({kind}) cannot be used: {reason}") from error
 
 
 def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
@@ -130,7 +134,9 @@ def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
     _check_text_only(value, what)
     if os.path.isdir(network) and not any(name.endswith(".safetensors") for name in os.listdir(network)):
-        raise ValueError(f"ivl: {what} has no *.safetensors file: save it with safetensors, the only format that is loaded")
+        raise ValueError(
+            f"ivl: {what} has no *.safetensors file: save it with safetensors, the only format that is loaded"
+        )
     if value.max_model_len < base.max_model_len:
         raise ValueError(
             f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="

@@ -119,7 +119,9 @@ class JoinedModel:
         """`[base hidden | value hidden | ...]` of `[tokens]` ids at `[tokens]` positions."""
         base = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         networks = self._ivl.rows.networks
-        values = [net.forward(input_ids, positions, clamp) for net, clamp in zip(networks, self._ivl.clamp, strict=True)]
+        values = [
+            net.forward(input_ids, positions, clamp) for net, clamp in zip(networks, self._ivl.clamp, strict=True)
+        ]
         return self._ivl.concatenate([base, *values])
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:

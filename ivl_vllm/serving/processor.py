@@ -85,7 +85,9 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follows requests that were added, removed or moved."""
         before = dict(self._by_position)
-        if process_dict_updates(self._by_position, batch_update, lambda params, _prompt, _output: self._request_weights(params)):
+        if process_dict_updates(
+            self._by_position, batch_update, lambda params, _prompt, _output: self._request_weights(params)
+        ):
             for position in before.keys() | self._by_position.keys():
                 self._weights.set(position, self._by_position.get(position))
         self._weights.flush()

@@ -1,0 +1,150 @@
+import math
+
+import pytest
+
+import ivl_vllm
+from ivl_vllm.settings import Settings, Value, parse_settings
+
+PAIR = Settings({"math": Value("a", "b"), "code": Value("b"), "style": Value("c")}, default_weight=0.5, max_weight=4.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "asked, weights",
+    [
+        (1, {"math": 1.0}),
+        (-0.5, {"math": -0.5}),
+        (True, {"math": 1.0}),
+        (False, {}),
+        (0, {}),
+        ({"code": 2.0}, {"code": 2.0}),
+        ({"math": True, "code": 0.0}, {"math": 1.0}),
+        ({}, {}),
+        ("math=1.0,code=-0.5", {"math": 1.0, "code": -0.5}),
+        (" style = 4 ", {"style": 4.0}),
+    ],
+)
+def test_requests(asked, weights):
+    assert PAIR.request_weights({"ivl": asked}) == weights
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"other": 1}])
+def test_a_request_that_says_nothing_gets_the_default(extra_args):
+    assert PAIR.request_weights(extra_args) == {"math": 0.5}
+
+
+@pytest.mark.parametrize(
+    "asked, names",
+    [
+        (None, "NoneType"),
+        ([1.0], "list"),
+        ("strong", "'strong' is not a weight"),
+        ("1.0", "send a number"),
+        ("", "is not a weight"),
+        ("math=", "is not a weight"),
+        ("math=1,", "is not a weight"),
+        ("math=1,math=2", "given twice"),
+        ("maths=1", "unknown value 'maths': this engine has math, code, style"),
+        ({"math": "1"}, "is a str"),
+        ({"math": None}, "is a NoneType"),
+        ({3: 1.0}, "unknown value 3"),
+        ({"math": {"code": 1}}, "is a dict"),
+        (math.nan, "finite"),
+        (math.inf, "finite"),
+        (-math.inf, "finite"),
+        (10**400, "finite"),
+        ("math=nan", "finite"),
+        ("math=1e999", "finite"),
+        (4.01, "max_weight=4"),
+        (-5, "max_weight=4"),
+        (1 + 2j, "complex"),
+    ],
+)
+def test_bad_requests(asked, names):
+    with pytest.raises(ValueError, match="^ivl: ") as error:
+        PAIR.request_weights({"ivl": asked})
+    assert names in str(error.value)
+
+
+def test_pairs_become_weights_of_networks_loaded_once():
+    assert PAIR.networks == ("a", "b", "c")
+    assert PAIR.network_weights({"math": 2.0}) == [2.0, -2.0, 0.0]
+    # `b` is subtracted by one value and added by another.
+    assert PAIR.network_weights({"math": 1.0, "code": 1.0}) == [1.0, 0.0, 0.0]
+
+
+def test_settings_survive_json(folder):
+    settings = parse_settings(
+        {"values": {"x": {"model": folder, "minus": folder}}, "default_weight": 1, "max_weight": 2}
+    )
+    assert parse_settings(settings.to_dict(), {}) == settings
+    assert settings == Settings({"x": Value(folder, folder)}, 1.0, 2.0)
+
+
+def test_value_model_is_short_for_values(folder):
+    assert parse_settings({"value_model": folder}, {}).values == {"default": Value(folder)}
+
+
+def test_environment_fills_what_is_not_set(folder, tmp_path):
+    environ = {"IVL_VALUE_MODEL": folder, "IVL_DEFAULT_WEIGHT": "0.5"}
+    assert parse_settings(None, environ) == Settings({"default": Value(folder)}, 0.5)
+    other = tmp_path / "other"
+    other.mkdir()
+    explicit = parse_settings({"value_model": str(other), "default_weight": 0}, environ)
+    assert explicit == Settings({"default": Value(str(other))}, 0.0)
+
+
+@pytest.mark.parametrize(
+    "config, names",
+    [
+        ({}, ["no value network", "IVL_VALUE_MODEL"]),
+        ("yes", ["'yes'", "value_model"]),
+        ({"value_mode": "x"}, ["'value_mode'", "'x'", "value_model"]),
+        ({"value_model": "/no/such/folder"}, ["value_model", "/no/such/folder", "no such folder"]),
+        ({"value_model": 3}, ["value_model", "3"]),
+        ({"value_model": "FOLDER", "values": {"a": {"model": "FOLDER"}}}, ["both"]),
+        ({"values": {}}, ["values", "{}"]),
+        ({"values": ["a"]}, ["values", "['a']"]),
+        ({"values": {"a": "FOLDER"}}, ["values['a']", "object"]),
+        ({"values": {"a=b": {"model": "FOLDER"}}}, ["'a=b'", "name"]),
+        ({"values": {"a": {}}}, ["values['a']", "model"]),
+        ({"values": {"a": {"modle": "x"}}}, ["'modle'", "model, minus, vocab_map"]),
+        ({"values": {"a": {"model": "FOLDER", "minus": "./none"}}}, ["minus of values['a']", "./none"]),
+        ({"values": {"a": {"model": "FOLDER", "vocab_map": "map.safetensors"}}}, ["vocab_map", "map.safetensors"]),
+        ({"value_model": "FOLDER", "default_weight": "1"}, ["default_weight", "'1'"]),
+        ({"value_model": "FOLDER", "default_weight": True}, ["default_weight", "True"]),
+        ({"value_model": "FOLDER", "default_weight": math.nan}, ["default_weight", "nan", "finite"]),
+        ({"value_model": "FOLDER", "default_weight": 11}, ["default_weight", "11", "max_weight"]),
+        ({"value_model": "FOLDER", "max_weight": 0}, ["max_weight", "0"]),
+        ({"value_model": "FOLDER", "max_weight": math.inf}, ["max_weight", "inf"]),
+    ],
+)
+def test_bad_settings(config, names, folder):
+    def fill(value):
+        if isinstance(value, dict):
+            return {k: fill(v) for k, v in value.items()}
+        return folder if value == "FOLDER" else value
+
+    with pytest.raises(ValueError, match="^ivl: ") as error:
+        parse_settings(fill(config), {})
+    for name in names:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["much", "nan", "inf"])
+def test_bad_environment(folder, text):
+    with pytest.raises(ValueError, match="IVL_DEFAULT_WEIGHT is"):
+        parse_settings({"value_model": folder}, {"IVL_DEFAULT_WEIGHT": text})
+
+
+def test_engine_args(folder):
+    assert ivl_vllm.engine_args(value_model=folder, default_weight=0.0) == {
+        "logits_processors": ["ivl"],
+        "additional_config": {"ivl": {"value_model": folder, "default_weight": 0.0}},
+    }
+    with pytest.raises(ValueError, match="no such folder"):
+        ivl_vllm.engine_args(value_model="./none")

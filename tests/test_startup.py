@@ -1,0 +1,230 @@
+"""What an engine refuses to start with, what it starts with, and how the package is put together."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_model, make_tokenizer
+
+import ivl_vllm
+from ivl_vllm import plugin
+
+ROOT = Path(__file__).parent.parent
+
+
+def create(model, **kwargs):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256} | kwargs
+    return EngineArgs(model=str(model), **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize("spelling", ["ivl", "ivl_vllm:IVLLogitsProcessor", "class"])
+def test_spellings(models, spelling):
+    processor = ivl_vllm.IVLLogitsProcessor if spelling == "class" else spelling
+    config = create(
+        models["base"],
+        logits_processors=["some.module:Other", processor],
+        additional_config={"ivl": {"value_model": str(models["value"])}, "other": 1},
+        logprobs_mode="raw_logits",
+        load_format="safetensors",
+    )
+    assert config.model_config.logits_processors == ["some.module:Other", "ivl_vllm:IVLLogitsProcessor"]
+    assert config.load_config.load_format == "ivl"
+    assert config.additional_config[plugin.ENGINE_KEY] == {"load_format": "safetensors", "dtype": "float32"}
+    assert config.additional_config["other"] == 1
+    assert config.model_config.logprobs_mode == "raw_logits"
+
+
+def test_the_users_arguments_are_left_as_they_were(models):
+    from vllm.engine.arg_utils import EngineArgs
+
+    additional = {"ivl": {"value_model": str(models["value"])}}
+    arguments = EngineArgs(
+        model=str(models["base"]), logits_processors=["ivl"], additional_config=additional, max_model_len=256
+    )
+    first, second = arguments.create_engine_config(), arguments.create_engine_config()
+    assert arguments.logits_processors == ["ivl"] and arguments.load_format == "auto"
+    assert additional == {"ivl": {"value_model": str(models["value"])}}
+    assert first.additional_config == second.additional_config
+
+
+def test_engines_without_ivl_are_left_alone(models, monkeypatch):
+    monkeypatch.setenv("IVL_VALUE_MODEL", "/no/such/folder")  # a shorthand, not a switch
+    config = create(models["base"])
+    assert config.load_config.load_format == "auto" and not config.model_config.logits_processors
+
+
+def test_environment(models, monkeypatch):
+    monkeypatch.setenv("IVL_VALUE_MODEL", str(models["value"]))
+    monkeypatch.setenv("IVL_DEFAULT_WEIGHT", "0.25")
+    config = create(models["base"], logits_processors=["ivl"])
+    assert config.additional_config["ivl"]["values"]["default"]["model"] == str(models["value"])
+    assert config.additional_config["ivl"]["default_weight"] == 0.25
+
+
+def test_sliding_windows_share_one_cache_layout_unless_the_user_says_otherwise(models):
+    on = ivl_vllm.engine_args(value_model=str(models["sliding"]))
+    assert create(models["base"], **on).scheduler_config.disable_hybrid_kv_cache_manager is True
+    assert (
+        create(
+            models["base"], **on, disable_hybrid_kv_cache_manager=False
+        ).scheduler_config.disable_hybrid_kv_cache_manager
+        is False
+    )
+    off = ivl_vllm.engine_args(value_model=str(models["value"]))
+    assert create(models["base"], **off).scheduler_config.disable_hybrid_kv_cache_manager is False
+
+
+REFUSED = {
+    "settings_without_processor": ({"logits_processors": None}, ["additional_config", "--logits-processor ivl"]),
+    "processor_without_settings": ({"additional_config": {}}, ["no value network", "value_model", "IVL_VALUE_MODEL"]),
+    "unknown_field": ({"additional_config": {"ivl": {"valuemodel": "x"}}}, ["'valuemodel'", "'x'", "value_model"]),
+    "missing_folder": ({"additional_config": {"ivl": {"value_model": "./missing"}}}, ["value_model", "./missing"]),
+    "pipeline_parallel": ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size is 2", "--pipeline-parallel-size 1"]),
+    "pooling": ({"runner": "pooling"}, ["pooling", "--runner generate"]),
+    "prompt_embeds": ({"enable_prompt_embeds": True}, ["enable_prompt_embeds"]),
+    "draft_model_on_v1": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        ["speculative", "VLLM_USE_V2_MODEL_RUNNER=1"],
+    ),
+    "eagle": (
+        {"speculative_config": {"method": "eagle", "model": "EAGLE", "num_speculative_tokens": 2}},
+        ["'eagle'", "hidden states", "draft_model"],
+    ),
+    "too_few_positions": (
+        {"max_model_len": 512, "additional_config": {"ivl": {"value_model": "SHORT"}}},
+        ["128 positions", "--max-model-len 128"],
+    ),
+    "other_vocabulary": ({"additional_config": {"ivl": {"value_model": "OTHER"}}}, ["320", "290", "vocab_map", "id "]),
+    "no_tokenizer_and_other_size": (
+        {"additional_config": {"ivl": {"value_model": "BARE"}}},
+        ["320", "400", "vocab_map"],
+    ),
+    "not_a_model": ({"additional_config": {"ivl": {"value_model": "EMPTY"}}}, ["EMPTY", "cannot be used"]),
+    "no_safetensors": ({"additional_config": {"ivl": {"value_model": "PICKLED"}}}, ["safetensors"]),
+    "multimodal_value": ({"additional_config": {"ivl": {"value_model": "SOUNDS"}}}, ["multimodal", "text"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders that no engine takes, by the names that the table above uses for them."""
+    import torch
+    from transformers import LlamaConfig, Qwen2AudioConfig, Qwen2Config
+
+    root = tmp_path_factory.mktemp("refused")
+    make_model(root / "SHORT", positions=128)
+    make_model(root / "OTHER", vocab_size=290, tokenizer=False)
+    make_tokenizer(root / "OTHER", 290, ["entirely other words make entirely other merges " * 3])
+    make_model(root / "BARE", vocab_size=400, tokenizer=False)
+    (root / "EMPTY").mkdir()
+    make_model(root / "PICKLED")
+    (root / "PICKLED" / "model.safetensors").unlink()
+    torch.save({}, root / "PICKLED" / "pytorch_model.bin")
+    text = Qwen2Config(
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        vocab_size=320,
+    )
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    config = Qwen2AudioConfig(audio_config=audio, text_config=text.to_dict(), audio_token_index=300)
+    config.architectures = ["Qwen2AudioForConditionalGeneration"]
+    config.save_pretrained(root / "SOUNDS")
+    make_tokenizer(root / "SOUNDS")
+    eagle = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=128,
+        vocab_size=320,
+        architectures=["LlamaForCausalLM"],
+    )
+    eagle.save_pretrained(root / "EAGLE")
+    return root
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_at_start(models, folders, case):
+    def place(value):
+        if isinstance(value, dict):
+            return {k: place(v) for k, v in value.items()}
+        return str(folders / value) if isinstance(value, str) and value.isupper() else value
+
+    changes, names = REFUSED[case]
+    arguments = ivl_vllm.engine_args(value_model=str(models["value"])) | place(changes)
+    with pytest.raises(ValueError, match="ivl: ") as error:
+        create(models["base"], **arguments)
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_a_multimodal_base_is_refused(models, folders):
+    with pytest.raises(ValueError, match="ivl: the base model .* is multimodal"):
+        create(folders / "SOUNDS", **ivl_vllm.engine_args(value_model=str(models["value"])))
+
+
+def test_registering_twice_wraps_once():
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    once = EngineArgs.create_engine_config
+    plugin.register()
+    assert EngineArgs.create_engine_config is once
+
+
+def test_the_kernels_folder_hides_no_package():
+    """An importable `kernels` on the path would be taken for Hugging Face's package of that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import transformers, ivl_kernels, sys; from transformers import AutoModelForCausalLM; assert 'kernels' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_imports_are_light():
+    """The hook runs in every vLLM process, and the kernels on machines without vLLM."""
+    code = "import sys, ivl_vllm, ivl_vllm.plugin; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = "import sys, ivl_kernels; assert 'torch' in sys.modules and not {'vllm', 'triton', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_holds_every_package(tmp_path):
+    """`pip install .` takes what `pip install -e .` finds in the tree."""
+    import zipfile
+
+    copy = tmp_path / "source"
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "benchmarks/")):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(copy),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = zipfile.ZipFile(wheel).namelist()
+    for name in listed:
+        if name.endswith(".py") and name.startswith(("ivl_vllm/", "kernels/")):
+            assert name.removeprefix("kernels/") in inside, (
+                f"{name} is not in the wheel: list its package in pyproject.toml"
+            )
