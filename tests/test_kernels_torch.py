@@ -5,7 +5,7 @@ import importlib
 import ivl_kernels
 import pytest
 import torch
-from kernel_cases import KernelCases, check, make_case
+from kernel_cases import NAN, KernelCases, check, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 value_add_module = importlib.import_module("ivl_kernels.value_add")
@@ -41,34 +41,104 @@ def test_consecutive_rows_are_not_copied(rows, is_view):
     assert (taken.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()) == is_view
 
 
-class Allocations(TorchDispatchMode):
-    """Sizes of the tensors that operations create, leaving out views and results in place."""
+class Operations(TorchDispatchMode):
+    """Names of the operations that run, and sizes of the tensors they create (views and results in place left out)."""
 
     def __init__(self):
         super().__init__()
+        self.names: list[str] = []
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        self.names.append(function.overloadpacket.__name__)
         known = {a.untyped_storage().data_ptr() for a in (*args, *(kwargs or {}).values()) if torch.is_tensor(a)}
         if torch.is_tensor(result) and result.untyped_storage().data_ptr() not in known:
             self.sizes.append(result.numel())
         return result
 
 
+def operations_of(case) -> list[str]:
+    with Operations() as operations:
+        case.run("torch")
+    return operations.names
+
+
+def plain_case(operation: str = "value_add", **options):
+    """All rows steered, in order."""
+    case = make_case(operation, 4, index_dtype=None, **options)
+    case.weights.fill_(0.5)
+    return case
+
+
+def test_rows_in_order_in_float32_are_added_in_one_pass():
+    names = operations_of(plain_case())
+    assert "addcmul_" in names
+    assert not {"nan_to_num_", "add_", "index_add_", "_foreach_add_"} & set(names)
+
+
+def test_a_non_finite_value_takes_the_careful_path():
+    case = plain_case()
+    case.value[1, 1] = NAN
+    names = operations_of(case)
+    assert "addcmul_" not in names
+    assert {"nan_to_num_", "add_"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("padding", "logits_dtype", "used"),
+    [
+        pytest.param(0, torch.float32, "index_add_", id="contiguous"),
+        pytest.param(8, torch.float32, "_foreach_add_", id="strided"),
+        pytest.param(0, torch.bfloat16, "_foreach_add_", id="other-dtype"),
+    ],
+)
+def test_scattered_rows(padding, logits_dtype, used):
+    case = plain_case(padding=padding, logits_dtype=logits_dtype)
+    case.row_index = torch.tensor([3, 0, 6, 2], device=case.logits.device)
+    names = operations_of(case)
+    assert {"index_add_", "_foreach_add_"} & set(names) == {used}
+
+
+@pytest.mark.parametrize(("rows", "used"), [(1, "a vector"), (2, "a matrix")])
+def test_gather_through_a_map(rows, used):
+    columns = torch.tensor([2, 0, 0])
+    matrix = torch.arange(3.0 * rows).reshape(rows, 3)
+    with Operations() as operations:
+        taken = value_add_module.take_columns(matrix, columns)
+    assert torch.equal(taken, matrix[:, columns])
+    assert ("select" in operations.names) == (used == "a vector")
+
+
+def test_the_projection_goes_in_blocks(monkeypatch):
+    monkeypatch.setattr(lm_head_module, "BLOCK_BYTES", 4 * 64 * 100)
+    assert operations_of(plain_case("lm_head")).count("mm") == 10
+
+
+def test_nothing_steered_computes_nothing():
+    for operation in ("value_add", "lm_head"):
+        case = plain_case(operation)
+        case.weights.zero_()
+        assert not {"mm", "mul_", "addcmul_", "zeros", "empty"} & set(operations_of(case))
+
+
+@pytest.mark.parametrize("threads", [1, 64])
 @pytest.mark.parametrize("map_dtype", [None, torch.int64])
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])
-def test_temporaries_together_stay_below_rows_times_columns(operation, map_dtype):
+def test_no_more_than_one_temporary_of_rows_times_columns(monkeypatch, operation, map_dtype, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows, columns = 64, 40_000
     case = make_case(operation, rows, columns, hidden=32, map_dtype=map_dtype, index_dtype=None)
-    with Allocations() as allocations:
+    case.row_index = torch.randperm(rows + 3, device=case.logits.device)[:rows]
+    with Operations() as operations:
         case.run("torch")
-    assert allocations.sizes
-    largest = sorted(allocations.sizes)[-3:]
-    if operation == "value_add":
-        assert sum(largest) < rows * columns
-    else:  # the other temporaries are blocks of the matrix
-        assert max(allocations.sizes) <= rows * columns
+    *_, second, largest = sorted(operations.sizes)
+    if operation == "lm_head":  # the value logits of all rows are the one; the others hold a group of rows
+        assert largest <= rows * columns
+        if threads == 1:
+            assert second <= largest // 2
+    else:
+        assert second + largest <= rows * (columns + 1)
 
 
 def test_auto_on_the_cpu_is_torch(monkeypatch):

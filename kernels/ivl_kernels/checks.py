@@ -1,0 +1,146 @@
+"""What both operations demand of their arguments. Nothing here reads a tensor's contents, except `check_vocab_map`."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+BACKENDS = ("auto", "triton", "torch")
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """Resolve `"auto"`: Triton on a GPU, and on the CPU when Triton's interpreter is on; torch otherwise.
+
+    Args:
+        backend: `"auto"`, `"triton"` or `"torch"`.
+        device: Where the logits are.
+
+    Returns:
+        `"triton"` or `"torch"`.
+
+    Raises:
+        ValueError: Unknown name, or `"triton"` where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "torch":
+        return "torch"
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    runnable = (device.type == "cuda" or interpreted) and has_triton()
+    if backend == "triton" and not runnable:
+        raise ValueError(
+            f"backend='triton' cannot run with logits on {device}; move the tensors to a GPU and install Triton, use "
+            "backend='torch', or set TRITON_INTERPRET=1 before Triton is imported (slow, for tests)"
+        )
+    return "triton" if runnable else "torch"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; asked of the file system once."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def check_vocab_map(vocab_map: torch.Tensor, num_value_columns: int, num_base_columns: int) -> torch.Tensor:
+    """Validate a vocabulary map once, where it is made or moved to its device.
+
+    The operations check shape and dtype only on every call, because reading the entries would stop the device.
+
+    Args:
+        vocab_map: `[num_base_columns]`, int32 or int64: base column → value column, -1 where there is no partner.
+        num_value_columns: Columns of the value logits (rows of the value network's projection matrix).
+        num_base_columns: Columns of the base logits.
+
+    Returns:
+        The map as contiguous int32 on the same device: half the bytes of int64 for the kernels to read.
+
+    Raises:
+        ValueError: Wrong shape or dtype, or an entry outside `[-1, num_value_columns)`.
+    """
+    _check_map_form(vocab_map, num_base_columns)
+    if vocab_map.numel():
+        low, high = (int(bound) for bound in torch.aminmax(vocab_map))
+        if low < -1 or high >= num_value_columns:
+            raise ValueError(
+                f"vocab_map holds entries from {low} to {high}, but the value network has columns 0 to "
+                f"{num_value_columns - 1} (-1 means no partner); make the map for this pair of vocabularies"
+            )
+    return vocab_map.to(torch.int32).contiguous()
+
+
+def check_operands(
+    logits: torch.Tensor,
+    rows: dict[str, torch.Tensor],
+    weights: torch.Tensor,
+    row_index: torch.Tensor | None,
+    vocab_map: torch.Tensor | None,
+) -> None:
+    """Check everything that the two operations have in common, without a device sync.
+
+    Args:
+        logits: The base logits.
+        rows: Name → matrix of the value side; the first one has one row for each weight.
+        weights: One weight per value row.
+        row_index: Value row → row of `logits`, or None.
+        vocab_map: Base column → value column, or None.
+
+    Raises:
+        ValueError: Naming the argument, what it is, what it has to be and how to get there.
+    """
+    _check_matrix("logits", logits)
+    for name, matrix in rows.items():
+        _check_matrix(name, matrix)
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"logits has row stride {logits.stride(0)} but {logits.shape[1]} columns, so its rows overlap and "
+            "cannot be written in place; pass a tensor that is not expanded"
+        )
+    first, matrix = next(iter(rows.items()))
+    count = matrix.shape[0]
+    _check_vector("weights", weights, count, f"one per row of {first}", LOGITS_DTYPES)
+    if row_index is not None:
+        _check_vector("row_index", row_index, count, f"one per row of {first}", INDEX_DTYPES)
+    elif count > logits.shape[0]:
+        raise ValueError(
+            f"{first} has {count} rows but logits only {logits.shape[0]}; pass row_index to say which rows they change"
+        )
+    if vocab_map is not None:
+        _check_map_form(vocab_map, logits.shape[1])
+    others = {**rows, "weights": weights, "row_index": row_index, "vocab_map": vocab_map}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but logits on {logits.device}; move it there once, outside the step"
+            )
+
+
+def _check_matrix(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be a matrix, one row per token")
+    if tensor.dtype not in LOGITS_DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; use one of {_names(LOGITS_DTYPES)}")
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError(
+            f"{name} has column stride {tensor.stride(1)}; its columns have to be adjacent (stride 1), rows may be "
+            "strided: make it contiguous, not transposed"
+        )
+
+
+def _check_vector(name: str, tensor: torch.Tensor, count: int, what: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.shape != (count,):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({count},), {what}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; use one of {_names(dtypes)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has stride {tensor.stride(0)}; expected stride 1: call .contiguous() on it")
+
+
+def _check_map_form(vocab_map: torch.Tensor, num_base_columns: int) -> None:
+    _check_vector("vocab_map", vocab_map, num_base_columns, "one entry per column of logits", INDEX_DTYPES)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,84 @@
+"""`lm_head_value_add`: project the value network's hidden states and add them, weighted, into base logits."""
+
+import torch
+
+from ivl_kernels.checks import check_operands, choose_backend
+from ivl_kernels.value_add import steered_rows, take_rows, value_add_torch
+
+# Bytes of the projection matrix that the torch backend widens to float32 at a time.
+BLOCK_BYTES = 4 << 20
+
+
+def lm_head_value_add(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    row_index: torch.Tensor | None = None,
+    vocab_map: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Add weighted value logits `hidden @ lm_head_weight.T` into `logits`, in place, without storing them.
+
+    `logits[row_index[i], j] += weights[i] * (hidden[i] · lm_head_weight[vocab_map[j]])`: `value_add` with the value
+    network's output projection inside. Its promises are those of `value_add`: float32 sums and products, skipped rows,
+    `-inf` stays, what is not finite contributes nothing. A bias, a scale, a soft cap or a quantized head are not
+    applied here: compute such value logits with the model's own code and call `value_add`.
+
+    Args:
+        logits: `[rows, V_base]` float32, bfloat16 or float16, columns adjacent, rows possibly strided. Changed.
+        hidden: `[n, H]` float32, bfloat16 or float16, the value network's final hidden states, columns adjacent.
+        lm_head_weight: `[V_value, H]`, same dtype as `hidden`, columns adjacent.
+        weights: `[n]` float32, bfloat16 or float16.
+        row_index: `[n]` int32 or int64, the row of `logits` for each hidden row; no row may occur twice. None: row i.
+        vocab_map: `[V_base]` int32 or int64, the value column for each base column, -1 leaves the column as it is. Pass
+            it through `check_vocab_map` once. None: the identity over the first `min(V_base, V_value)` columns.
+        backend: `"auto"` (Triton on a GPU, torch on the CPU), `"triton"` or `"torch"`.
+
+    Returns:
+        `logits`.
+
+    Raises:
+        ValueError: Shapes, dtypes, strides or devices that do not fit; found on the host, without a device sync.
+    """
+    check_operands(logits, {"hidden": hidden, "lm_head_weight": lm_head_weight}, weights, row_index, vocab_map)
+    if hidden.shape[1] != lm_head_weight.shape[1]:
+        raise ValueError(
+            f"hidden has {hidden.shape[1]} columns but lm_head_weight {lm_head_weight.shape[1]}; both have to be the "
+            "value network's hidden size: is this the head of another model?"
+        )
+    if hidden.dtype != lm_head_weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} but lm_head_weight {lm_head_weight.dtype}; convert one of them")
+    if choose_backend(backend, logits.device) == "triton":
+        from ivl_kernels.triton_lm_head_value_add import lm_head_value_add_triton
+
+        return lm_head_value_add_triton(logits, hidden, lm_head_weight, weights, row_index, vocab_map)
+    return lm_head_value_add_torch(logits, hidden, lm_head_weight, weights, row_index, vocab_map)
+
+
+def lm_head_value_add_torch(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    weights: torch.Tensor,
+    row_index: torch.Tensor | None,
+    vocab_map: torch.Tensor | None,
+) -> torch.Tensor:
+    """The torch backend: what the CPU runs, and the reference that the kernel is tested against.
+
+    The matrix is read once, in blocks that are widened to float32 in the cache; the steered rows' value logits are the
+    one large temporary. The gather through the map is left to `value_add`: gathering rows of the matrix would copy it.
+    """
+    rows, sources, scale = steered_rows(logits, weights, row_index)
+    if not rows:
+        return logits
+    inputs = take_rows(hidden, sources).to(torch.float32)
+    matrix = lm_head_weight if vocab_map is not None else lm_head_weight[: logits.shape[1]]
+    columns, width = matrix.shape
+    value_logits = torch.empty(len(rows), columns, dtype=torch.float32, device=logits.device)
+    block = max(1, BLOCK_BYTES // (4 * max(1, width)))
+    for start in range(0, columns, block):
+        part = slice(start, start + block)
+        torch.mm(inputs, matrix[part].to(torch.float32).t(), out=value_logits[:, part])
+    return value_add_torch(logits, value_logits, scale, torch.tensor(rows, device=logits.device), vocab_map)
