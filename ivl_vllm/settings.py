@@ -51,7 +51,7 @@ class Settings:
     def network_weights(self, weights: Mapping[str, float]) -> list[float]:
         """The weight of every network's logits, from the weights of the named values.
 
-        `w * (model - minus)` is `+w` for `model` and `-w` for `minus`; a network that serves several values gets the sum.
+        `w * (model - minus)` is `+w` for `model` and `-w` for `minus`; a network behind several values gets the sum.
         """
         by_network = dict.fromkeys(self.networks, 0.0)
         for name, weight in weights.items():
@@ -119,7 +119,8 @@ def _parse_pairs(text: str) -> dict[str, float]:
 def _request_number(weight: Any, name: str) -> float:
     if not isinstance(weight, Real):
         raise ValueError(
-            f"ivl: weight {weight!r} of {name!r} is a {type(weight).__name__}, not a number: send a number (1.0), true or false"
+            f"ivl: weight {weight!r} of {name!r} is a {type(weight).__name__}, not a number: "
+            "send a number (1.0), true or false"
         )
     return _finite(weight, f"weight of {name!r}")
 
@@ -148,7 +149,9 @@ def parse_settings(config: Mapping[str, Any] | None, environ: Mapping[str, str] 
     """
     config = dict(config or {}) if isinstance(config, Mapping | None) else config
     if not isinstance(config, dict):
-        raise ValueError(f'ivl: additional_config["ivl"] is {config!r}: use an object such as {{"value_model": "FOLDER"}}')
+        raise ValueError(
+            f'ivl: additional_config["ivl"] is {config!r}: use an object such as {{"value_model": "FOLDER"}}'
+        )
     _refuse_unknown(config, _FIELDS, 'additional_config["ivl"]')
     if config.get("value_model") is not None and config.get("values"):
         raise ValueError(
@@ -218,7 +221,9 @@ def _parse_value(name: Any, spec: Any, where: str) -> Value:
             raise ValueError(f"ivl: {key} of {setting} is {path!r}: use a path as a string")
         if key != "vocab_map" and not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
             shown = setting if where != "values" and key == "model" else f"{key} of {setting}"
-            raise ValueError(f"ivl: {shown} is {path!r}: there is no such folder; give a folder with config.json or a hub id")
+            raise ValueError(
+                f"ivl: {shown} is {path!r}: there is no such folder; give a folder with config.json or a hub id"
+            )
     if spec.get("vocab_map") is not None:
         raise ValueError(
             f"ivl: vocab_map of {setting} is {spec['vocab_map']!r}: mapped vocabularies are not served yet; "

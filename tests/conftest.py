@@ -5,8 +5,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import parity  # noqa: E402, F401  (sets vLLM's environment before any test imports vLLM)
-from tiny import VOCAB, make_model  # noqa: E402
+import parity  # noqa: F401  (sets vLLM's environment before any test imports vLLM)
+from tiny import VOCAB, make_model
 
 
 @pytest.fixture(scope="session")

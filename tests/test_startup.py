@@ -181,7 +181,9 @@ def test_registering_twice_wraps_once():
 def test_the_kernels_folder_hides_no_package():
     """An importable `kernels` on the path would be taken for Hugging Face's package of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    code = "import transformers, ivl_kernels, sys; from transformers import AutoModelForCausalLM; assert 'kernels' not in sys.modules"
+    code = (
+        "import transformers, ivl_kernels, sys; from transformers import AutoModel; assert 'kernels' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -191,7 +193,7 @@ def test_imports_are_light():
     code = "import sys, ivl_vllm, ivl_vllm.plugin; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    code = "import sys, ivl_kernels; assert 'torch' in sys.modules and not {'vllm', 'triton', 'transformers'} & set(sys.modules)"
+    code = "import sys, ivl_kernels; assert not {'vllm', 'triton', 'transformers'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -391,6 +391,28 @@ def test_save_dtype_and_checkpoints(family, tmp_path):
     assert IVLConfig.read(output / "checkpoint-2").scheme == "residual"
 
 
+def test_resume_continues_with_the_same_weights(family, tmp_path):
+    steps = ("--save_strategy=steps", "--save_steps=2", "--save_total_limit=5", "--lr_scheduler_type=constant")
+    whole = train(family, tmp_path / "whole", *steps, "--max_steps=4")
+    train(family, tmp_path / "parts", *steps, "--max_steps=2")
+    checkpoint = tmp_path / "parts" / "checkpoint-2"
+    resumed = train(family, tmp_path / "parts", *steps, "--max_steps=4", f"--resume_from_checkpoint={checkpoint}")
+    assert resumed.state.global_step == 4
+    for left, right in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_without_weights_is_told(family, tmp_path):
+    import shutil
+
+    from ivl_vllm.training.command import prepare
+
+    folder = shutil.copytree(family / "small", tmp_path / "weightless")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="--init .*weightless: cannot be loaded"):
+        prepare(flags(family, tmp_path / "out", f"--init={folder}"))
+
+
 def test_same_seed_same_weights_and_another_seed_others(family, tmp_path):
     models = [
         train(family, tmp_path / f"{i}", "--max_steps=3", f"--seed={seed}").model for i, seed in enumerate((5, 5, 6))
@@ -400,13 +422,11 @@ def test_same_seed_same_weights_and_another_seed_others(family, tmp_path):
     assert not torch.equal(flat[0], flat[2])
 
 
-def test_yaml_file_with_flags_on_top(family, tmp_path):
+def test_yaml_file_with_flags_on_top(tmp_path):
     from ivl_vllm.training.command import parse
 
     config = tmp_path / "run.yaml"
-    config.write_text(
-        f"base: {family / 'base'}\ndata: d.jsonl\noutput: {tmp_path / 'o'}\nlr: 3e-4\nnorm: l2\nepochs: 7\n"
-    )
+    config.write_text(f"base: some-base\ndata: d.jsonl\noutput: {tmp_path / 'o'}\nlr: 3e-4\nnorm: l2\nepochs: 7\n")
     for words in (["--config", str(config)], [f"--config={config}"]):
         value_args, args = parse([*words, "--epochs", "2"])
         assert (value_args.norm, args.learning_rate, args.num_train_epochs) == ("l2", 3e-4, 2.0)
@@ -588,7 +608,7 @@ def test_ivl_config_names_the_field_that_is_wrong(tmp_path, change, message):
 
 def test_ivl_config_that_is_no_object_or_lacks_a_field(tmp_path):
     path = tmp_path / "ivl_config.json"
-    for content, message in (("{", "no JSON"), ("[]", "no JSON object"), ('{"scheme": "residual"}', "lacks the field")):
+    for content, message in (("{", "no JSON"), ("[]", "no JSON object"), ('{"format_version": 1}', "lacks the field")):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             IVLConfig.read(tmp_path)

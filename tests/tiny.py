@@ -6,8 +6,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCAB = 320
 TEXT = [
@@ -15,7 +24,10 @@ TEXT = [
     '{"name": "Ada", "age": 36, "tags": ["a", "b", "c"], "ok": true, "none": null}',
     "0 1 2 3 4 5 6 7 8 9 10 20 30 plus minus equals true false user assistant system",
 ]
-CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def make_tokenizer(folder: Path, vocab_size: int = VOCAB, text: list[str] = TEXT) -> PreTrainedTokenizerFast:
@@ -62,7 +74,8 @@ def make_model(
 
     Args:
         folder: where it is written.
-        kind: "llama", "mistral" (takes a sliding `window`) or "qwen2" (has biases, ties its embeddings).
+        kind: "llama", "mistral" (takes a sliding `window`), "qwen2" (has biases, ties its embeddings) or "granite"
+            (scales its logits).
         seed: of its weights.
         hidden: width; the head size is `hidden // heads`.
         layers: depth.
@@ -95,6 +108,8 @@ def make_model(
         model = MistralForCausalLM(MistralConfig(**common, sliding_window=window))
     elif kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
+    elif kind == "granite":
+        model = GraniteForCausalLM(GraniteConfig(**common, logits_scaling=2.0, attention_multiplier=0.2))
     else:
         raise ValueError(kind)
     if tokenizer:

@@ -25,6 +25,7 @@ def test_random_mixes_chunked_prefill_and_prefix_cache(models):
         structured_outputs_config={"disable_any_whitespace": True, "backend": "xgrammar"},
     ) as llm:
         assert llm.llm_engine.vllm_config.use_v2_model_runner
+        assert all(network.head is not None for network in networks_of(llm))  # projected by the fused kernel
         requests = random_requests(48, seed=1, names=("math", "style"))
         for number, request in enumerate(requests):
             request.weights = request.weights if request.ivl is not ... else {"math": 0.5}
@@ -67,6 +68,23 @@ def test_random_mixes_chunked_prefill_and_prefix_cache(models):
         assert isinstance(json.loads(run(llm, [guided])[0].outputs[0].text)["ok"], bool)
 
 
+def networks_of(llm):
+    """The loaded value networks, straight from the worker's model."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return worker.model_runner.model._ivl.rows.networks
+
+
+def test_a_head_that_scales_its_logits_is_not_fused(models, tmp_path):
+    value = make_model(tmp_path / "value", "granite", seed=9)
+    with engine(models["base"], **ivl_vllm.engine_args(value_model=str(value))) as llm:
+        assert networks_of(llm)[0].head is None
+        requests = random_requests(8, seed=29, last_arrival=2)
+        for request in requests:
+            request.params["max_tokens"] = min(8, request.params["max_tokens"])
+        outputs = run(llm, requests)
+    assert_parity(Reference(models["base"], default=value), requests, outputs)
+
+
 def test_preemption(models):
     with engine(
         models["base"],
@@ -87,7 +105,7 @@ def test_preemption(models):
 def test_speculative_decoding_with_a_draft_model(models, tmp_path, monkeypatch, chunk_logits):
     """Drafts of a third model are checked against the joined distribution; weights of every kind in one batch.
 
-    In pieces: vLLM hands the processor the logits of a step in chunks when they are large; 7 rows make that happen here.
+    In pieces: vLLM hands the processor large logits in chunks; a limit of 7 rows makes that happen here.
     """
     if chunk_logits is not None:
         from vllm.v1.worker.gpu.spec_decode import rejection_sampler

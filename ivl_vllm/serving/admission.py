@@ -1,4 +1,4 @@
-"""What requests may ask of the engines of this process: vLLM validates parameters by class, without the engine's settings.
+"""What requests may ask of the engines of this process: vLLM validates parameters without the engine's settings.
 
 A process that serves one engine (every server) checks a request against exactly that engine's settings. Where several
 engines live in one process, a request is admitted if any of them would take it.

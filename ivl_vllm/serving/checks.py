@@ -76,13 +76,13 @@ def _check_features(config: VllmConfig) -> None:
         return
     if drafter.method not in INDEPENDENT_DRAFTERS:
         raise ValueError(
-            f"ivl: the speculative method {drafter.method!r} reads the base model's hidden states, which are joined with "
-            f"the value network's: use one of {', '.join(INDEPENDENT_DRAFTERS)}"
+            f"ivl: the speculative method {drafter.method!r} reads the base model's hidden states, which are joined "
+            f"with the value network's: use one of {', '.join(INDEPENDENT_DRAFTERS)}"
         )
     if not getattr(config, "use_v2_model_runner", False):
         raise ValueError(
-            f"ivl: speculative decoding ({drafter.method!r}) with logits processors needs vLLM's model runner V2 and this "
-            "engine runs V1: set VLLM_USE_V2_MODEL_RUNNER=1 (vLLM 0.31 or later, with Triton), or drop the drafter"
+            f"ivl: speculative decoding ({drafter.method!r}) with logits processors needs vLLM's model runner V2, and "
+            "this engine runs V1: set VLLM_USE_V2_MODEL_RUNNER=1 (vLLM 0.31 or later, with Triton), or drop the drafter"
         )
 
 
@@ -91,8 +91,8 @@ def _check_text_only(model: ModelConfig, what: str) -> None:
         raise ValueError(f"ivl: {what} is an encoder-decoder model: use a decoder-only language model")
     if model.is_multimodal_model:
         raise ValueError(
-            f"ivl: {what} is multimodal, and a value network reads token ids only: use a text model "
-            "(for a multimodal one that has a text-only architecture, --language-model-only)"
+            f"ivl: {what} is multimodal ({', '.join(model.architectures)}), and a value network reads token ids only: "
+            "use a text model"
         )
 
 
@@ -148,7 +148,10 @@ def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
 def _check_vocabulary(base: ModelConfig, value: ModelConfig, what: str) -> None:
     """The same ids must mean the same tokens; how far each model pads its vocabulary does not matter."""
     sizes = f"the base {base.model!r} has {base.get_vocab_size()} columns, {what} {value.get_vocab_size()}"
-    fix = "mapping one onto the other is what `vocab_map` is for, and it is not served yet: use a value network of the base's vocabulary"
+    fix = (
+        "mapping one onto the other is what `vocab_map` is for, and it is not served yet: "
+        "use a value network of the base's vocabulary"
+    )
     ours, theirs = _tokens(base.tokenizer, base), _tokens(value.model, base)
     if ours is None or theirs is None:
         if base.get_vocab_size() != value.get_vocab_size():
@@ -157,7 +160,8 @@ def _check_vocabulary(base: ModelConfig, value: ModelConfig, what: str) -> None:
     clash = next((i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]), None)
     if clash is not None:
         raise ValueError(
-            f"ivl: different vocabularies: {sizes}, and id {clash} is {ours[clash]!r} there and {theirs[clash]!r} here; {fix}"
+            f"ivl: different vocabularies: {sizes}, and id {clash} is {ours[clash]!r} in the one and {theirs[clash]!r} "
+            f"in the other; {fix}"
         )
 
 

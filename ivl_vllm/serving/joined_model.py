@@ -7,36 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 
-
-class Network:
-    """A value network as the joined forward sees it.
-
-    Attributes:
-        model: vLLM model; `model(input_ids, positions)` gives hidden states, `model.compute_logits` their logits.
-        vocab_size: columns of its logits, and the number of token ids that it knows.
-    """
-
-    def __init__(self, model: nn.Module, model_config: ModelConfig):
-        self.model = model
-        self.vocab_size = model_config.get_vocab_size()
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, clamp: bool) -> torch.Tensor:
-        """Hidden states `[tokens, hidden]` of the same tokens that the base reads.
-
-        Args:
-            input_ids: int `[tokens]`.
-            positions: int `[tokens]`.
-            clamp: the base knows more ids than this network; those that it lacks are read as its last one.
-        """
-        if clamp:
-            input_ids = input_ids.clamp(max=self.vocab_size - 1)
-        return self.model(input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+from ivl_vllm.serving.network import Network
 
 
 class ValueRows:
-    """The value networks' hidden states of the rows that are about to be sampled: from `compute_logits` to the processor.
+    """The value networks' hidden states of the rows to be sampled, on their way from `compute_logits` to the processor.
 
     There is one per engine and process; the rows are in the order of the logits.
     """
@@ -70,8 +47,8 @@ class ValueRows:
         have = self._hidden[0].shape[0] if self._hidden else 0
         if end > have:
             raise RuntimeError(
-                f"ivl: {count} rows of logits after {start}, but {have} rows of value hidden states: this vLLM samples from "
-                "logits that did not come from the model's compute_logits; please report the engine arguments"
+                f"ivl: {count} rows of logits after {start}, but {have} rows of value hidden states: this vLLM samples "
+                "from logits that did not come from the model's compute_logits; please report the engine arguments"
             )
         self._taken = end
         return [hidden[start:end] for hidden in self._hidden]

@@ -12,7 +12,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.checks import engine_settings, network_config
-from ivl_vllm.serving.joined_model import Network, ValueRows, join
+from ivl_vllm.serving.joined_model import ValueRows, join
+from ivl_vllm.serving.network import Network
 
 
 class IVLModelLoader(BaseModelLoader):
@@ -56,7 +57,7 @@ def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: 
         vllm_config: the engine's configuration.
         path: folder or hub id.
         number: position among the networks; names its layers (`ivl_0.model.layers.3.self_attn.attn`).
-        load_format: the base's. Random weights for the base mean random weights here; else safetensors and nothing else.
+        load_format: the base's. Random weights there mean random weights here; else safetensors and nothing else.
     """
     model_config = network_config(vllm_config, path)
     # A request is as long for the value network as for the base.

@@ -111,8 +111,6 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             logits: fp32 `[rows, vocab]`.
             ctx: V2's `LogitsContext`; None from V1, where row i belongs to the request at position i.
         """
-        from ivl_kernels import value_add
-
         hidden = self._value_rows.take(logits.shape[0])
         if ctx is None:
             chosen = self._weights.of_rows(np.arange(logits.shape[0]))
@@ -125,6 +123,5 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 continue
             row_index, weights = rows_and_weights
             rows = hidden[number] if row_index is None else hidden[number][row_index]
-            value_logits = self._value_rows.networks[number].model.compute_logits(rows)
-            value_add(logits, value_logits, weights, row_index=row_index)
+            self._value_rows.networks[number].add_logits(logits, rows, weights, row_index)
         return logits

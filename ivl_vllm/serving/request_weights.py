@@ -1,4 +1,4 @@
-"""The weights of the running requests: one row per slot, on the host to choose rows by and on the device to add with."""
+"""The weights of the running requests, by slot: on the host to choose rows by, on the device to add with."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     masked_store = InterpreterBuilder.create_masked_store
 
     def store_with_a_boolean_mask(self, ptrs, value, mask, cache_policy):
-        # vLLM's grammar kernel ands a scalar comparison into its mask, which the interpreter leaves as integers 0 and 1.
+        # The interpreter leaves the mask of vLLM's grammar kernel as integers 0 and 1, and then refuses them.
         return masked_store(self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy)
 
     InterpreterBuilder.create_masked_store = store_with_a_boolean_mask

@@ -1,0 +1,86 @@
+"""One value network inside the engine: its forward, and the way in which its logits reach the base's."""
+
+from __future__ import annotations
+
+import torch
+from ivl_kernels import lm_head_value_add, value_add
+from ivl_kernels.checks import choose_backend
+from torch import nn
+from vllm import envs
+from vllm.config import ModelConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+logger = init_logger(__name__)
+
+
+class Network:
+    """A loaded value network.
+
+    Attributes:
+        model: vLLM model; `model(input_ids, positions)` gives hidden states, `model.compute_logits` their logits.
+        vocab_size: columns of its logits, and the number of token ids that it knows.
+        head: `[vocab, hidden]` projection matrix when one fused kernel can project and add; else None.
+    """
+
+    def __init__(self, model: nn.Module, model_config: ModelConfig):
+        self.model = model
+        self.vocab_size = model_config.get_vocab_size()
+        self.head, reason = _plain_head(model, self.vocab_size)
+        how = "fused with the weighted add" if self.head is not None else f"by its own compute_logits, as {reason}"
+        logger.info("ivl: value network %s: output projection %s", model_config.model, how)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, clamp: bool) -> torch.Tensor:
+        """Hidden states `[tokens, hidden]` of the same tokens that the base reads.
+
+        Args:
+            input_ids: int `[tokens]`.
+            positions: int `[tokens]`.
+            clamp: the base knows more ids than this network; those that it lacks are read as its last one.
+        """
+        if clamp:
+            input_ids = input_ids.clamp(max=self.vocab_size - 1)
+        return self.model(input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+
+    def add_logits(
+        self, logits: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor, row_index: torch.Tensor | None
+    ) -> None:
+        """`logits[row_index[i]] += weights[i] * value logits of hidden[i]`, in place.
+
+        Args:
+            logits: fp32 `[rows, vocab of the base]`.
+            hidden: `[n, hidden]` in the network's dtype.
+            weights: fp32 `[n]`.
+            row_index: int `[n]`; None means row i.
+        """
+        if self.head is not None:
+            lm_head_value_add(logits, hidden, self.head, weights, row_index=row_index)
+        else:
+            value_add(logits, self.model.compute_logits(hidden), weights, row_index=row_index)
+
+
+def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None, str]:
+    """The projection matrix, when the value logits are `hidden @ matrix.T` and nothing else; or why it is not used."""
+    head = getattr(model, "lm_head", None)
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        return None, "the model has no plain lm_head"
+    if choose_backend("auto", weight.device) != "triton":
+        return None, f"there is no Triton for {weight.device}"
+    if head.tp_size > 1:
+        return None, "its vocabulary is split over tensor-parallel ranks"
+    if not isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
+        return None, f"its head is quantized ({type(head.quant_method).__name__})"
+    if envs.VLLM_BATCH_INVARIANT:
+        return None, "VLLM_BATCH_INVARIANT asks for vLLM's own kernels"
+    matrix = weight[:vocab_size]
+    # Scales, soft caps, biases and dtypes live in as many places as there are models: ask the model itself.
+    probe = torch.linspace(-1, 1, 2 * matrix.shape[1], device=matrix.device).view(2, -1).to(matrix.dtype)
+    with torch.inference_mode():
+        theirs = model.compute_logits(probe).float()
+        ours = (probe @ matrix.t()).float()
+    tolerance = torch.finfo(matrix.dtype).eps * 8 * ours.abs().max().item() + 1e-6
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.0, atol=tolerance):
+        return None, "its logits are more than a projection (a bias, a scale or a soft cap)"
+    return matrix, ""
