@@ -93,11 +93,17 @@ def test_seeded_sampling_and_n(llm, reference):
 
 def test_processed_logprobs(llm, reference):
     requests = random_requests(12, seed=11, names=("math", "style"))
-    for request in requests:
+    for number, request in enumerate(requests):
         request.params["logprobs"] = 5
+        request.params["prompt_logprobs"] = 1 if number % 3 == 0 else None
     outputs = run(llm, requests)
     assert_parity(reference, requests, outputs)
     off_base = 0.0
+    # Prompt logprobs never meet the processor: they are the base's own.
+    prompt = requests[0].prompt
+    own = reference.logits(prompt, {}).log_softmax(-1)
+    for position, chosen in enumerate(outputs[0].prompt_logprobs[1:]):
+        assert abs(chosen[prompt[position + 1]].logprob - own[position, prompt[position + 1]].item()) < 1e-3
     for request, output in zip(requests, outputs):
         completion = output.outputs[0]
         ids = [*request.prompt, *completion.token_ids]
@@ -202,4 +208,30 @@ def test_preemption_and_default_weight(models):
         assert any(r.ivl is ... for r in requests)
         outputs = run(llm, requests)
         assert metric(llm, "vllm:num_preemptions") > 0
-    assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
+
+        reference = Reference(models["base"], default=models["value"])
+        assert_parity(reference, requests, outputs)
+
+        # vLLM's default, raw logprobs, describes the base alone.
+        asked = Request([7, 8, 9], {"default": 2.0}, 2.0, {"logprobs": 1, "max_tokens": 5})
+        (raw,) = run(llm, [asked])
+        assert_parity(reference, [asked], [raw])
+        tokens = list(raw.outputs[0].token_ids)
+        own = reference.logits([7, 8, 9, *tokens], {})[2:-1].log_softmax(-1)
+        for position, token in enumerate(tokens):
+            assert abs(raw.outputs[0].logprobs[position][token].logprob - own[position, token].item()) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_beam_search(models, mode):
+    """It drops a request's own weight and ranks by log-probabilities: the default weight counts if those are steered."""
+    from vllm.sampling_params import BeamSearchParams
+
+    reference = Reference(models["base"], default=models["value"])
+    on = ivl_vllm.engine_args(value_model=str(models["value"]), default_weight=0.75)
+    with engine(models["base"], **on, logprobs_mode=mode) as llm:
+        params = BeamSearchParams(beam_width=1, max_tokens=6, ignore_eos=True)
+        (beams,) = llm.beam_search([{"prompt_token_ids": [7, 8, 9]}], params)
+    tokens = list(beams.sequences[0].tokens)[3:]
+    steered, unsteered = (reference.greedy([7, 8, 9], tokens, w) for w in ({"default": 0.75}, {}))
+    assert (tokens == steered, tokens == unsteered) == ((mode == "processed_logprobs"), (mode == "raw_logprobs"))
