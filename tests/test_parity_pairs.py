@@ -95,6 +95,17 @@ def test_two_ranks(models, tmp_path):
     assert done.returncode == 0 and "parity on 2 ranks" in done.stdout, (done.stdout + done.stderr)[-4000:]
 
 
+def test_dummy_weights(tmp_path):
+    """`load_format="dummy"` needs no weights of either: what benchmarks of large shapes start from."""
+    folders = make_model(tmp_path / "base", seed=5), make_model(tmp_path / "value", "qwen2", seed=6)
+    for folder in folders:
+        (folder / "model.safetensors").unlink()
+    requests = random_requests(4, seed=47)
+    with engine(folders[0], **ivl_vllm.engine_args(value_model=str(folders[1])), load_format="dummy") as llm:
+        outputs = run(llm, requests)
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [r.params["max_tokens"] for r in requests]
+
+
 def test_low_rank_adapters_on_the_base(models, tmp_path):
     """A LoRA adapter of one request changes the base for it alone; value networks are not wrapped."""
     from peft import LoraConfig, get_peft_model

@@ -224,7 +224,7 @@ def test_preemption_and_default_weight(models):
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
 def test_beam_search(models, mode):
-    """It drops a request's own weight and ranks by log-probabilities: the default weight counts if those are steered."""
+    """It drops a request's own weight and ranks by log-probabilities: the default weight counts if those show it."""
     from vllm.sampling_params import BeamSearchParams
 
     reference = Reference(models["base"], default=models["value"])

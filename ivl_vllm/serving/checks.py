@@ -34,9 +34,12 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
     settings = engine_settings(vllm_config)
     _check_features(vllm_config)
     models = [vllm_config.model_config]
+    random_weights = vllm_config.additional_config[ENGINE_KEY]["load_format"] == "dummy"
     for network in settings.networks:
         value_config = network_config(vllm_config, network)
         _check_network(vllm_config.model_config, value_config, network)
+        if not random_weights:
+            _check_weights(network)
         value_config.verify_with_parallel_config(vllm_config.parallel_config)
         models.append(value_config)
     if not hybrid_is_users_choice and any(map(_has_window, models)) and not vllm_config.model_config.is_hybrid:
@@ -133,16 +136,20 @@ def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
     if value.runner_type != "generate":
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
     _check_text_only(value, what)
-    if os.path.isdir(network) and not any(name.endswith(".safetensors") for name in os.listdir(network)):
-        raise ValueError(
-            f"ivl: {what} has no *.safetensors file: save it with safetensors, the only format that is loaded"
-        )
     if value.max_model_len < base.max_model_len:
         raise ValueError(
             f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="
             f"{base.max_model_len}: start with --max-model-len {value.max_model_len} or less"
         )
     _check_vocabulary(base, value, what)
+
+
+def _check_weights(network: str) -> None:
+    if os.path.isdir(network) and not any(name.endswith(".safetensors") for name in os.listdir(network)):
+        raise ValueError(
+            f"ivl: the value network {network!r} has no *.safetensors file: save it with safetensors, the only format "
+            "that is loaded"
+        )
 
 
 def _check_vocabulary(base: ModelConfig, value: ModelConfig, what: str) -> None:
