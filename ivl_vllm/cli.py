@@ -1,1 +1,100 @@
-def main(): ...
+"""The command line `ivl`. Each command imports what it needs when it runs, so that help is quick."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+_TRAIN_DESCRIPTION = """\
+Train a value network V beside a frozen base B0 so that softmax(B0 + V) fits demonstrations.
+
+  ivl train --base BASE --init SMALL --data demonstrations.jsonl --output my-value
+
+--config FILE reads the same names from a YAML file; flags win over it. Every other field of TRL's SFTConfig (and so of
+transformers' TrainingArguments) is a flag too, under its own name: ivl train --help-all lists them. Several processes:
+torchrun --nproc_per_node N -m ivl_vllm.cli train ..."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ivl`.
+
+    Args:
+        argv: Words of the command line without the program's name; left out, those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for input that the user can mend, which is told in one line on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="ivl",
+        description="Inverse Value Learning: train small value networks, serve them beside big bases in vLLM.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("train", help="train a value network (ivl train --help)", add_help=False)
+    inspect = commands.add_parser("inspect", help="tell what a value network's folder holds and how to serve it")
+    inspect.add_argument("folder", metavar="FOLDER", help="folder of a value network or of any causal LM")
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Split off first: argparse would take the flags of `train` for its own.
+    known, rest = (words[:1], words[1:]) if words[:1] == ["train"] else (words, [])
+    arguments = parser.parse_args(known)
+    try:
+        if arguments.command == "train":
+            return _train(rest)
+        return _inspect(arguments.folder)
+    except _InputError as error:
+        print(f"ivl {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+class _InputError(Exception):
+    """A `ValueError` that speaks to the user; one from inside a training step keeps its traceback."""
+
+
+def _train(words: list[str]) -> int:
+    if "--help" in words or "-h" in words:
+        _train_help()
+        return 0
+    if "--help-all" in words or "--help_all" in words:
+        _train_help(everything=True)
+        return 0
+    from ivl_vllm.training.command import prepare
+
+    try:
+        run = prepare(words)
+    except ValueError as error:
+        raise _InputError(error) from error
+    run.run()
+    return 0
+
+
+def _train_help(everything: bool = False) -> None:
+    from transformers.hf_argparser import HfArgumentParser
+
+    from ivl_vllm.training.arguments import CommonArguments, ValueArguments
+
+    trainer_arguments = CommonArguments
+    if everything:
+        from ivl_vllm.training.trainer import TrainerArguments as trainer_arguments
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the description's lines and tells defaults."""
+
+    HfArgumentParser(
+        (ValueArguments, trainer_arguments),
+        prog="ivl train",
+        usage="ivl train --base BASE --data FILE --output FOLDER [--config FILE] [FLAGS]",
+        description=_TRAIN_DESCRIPTION,
+        formatter_class=Formatter,
+    ).print_help()
+
+
+def _inspect(folder: str) -> int:
+    from ivl_vllm.training.inspect_folder import describe
+
+    try:
+        print(describe(folder))
+    except ValueError as error:
+        raise _InputError(error) from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

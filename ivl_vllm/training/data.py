@@ -1,0 +1,147 @@
+"""Demonstrations: JSON lines in, prompt/completion examples for TRL out, every fault with its line number.
+
+TRL tokenises the examples and masks the prompts. A conversation becomes one example per assistant turn, with all
+turns before it as the prompt: so every assistant turn is trained, with any chat template, and each turn is rendered
+just as it will be when the model is asked for it.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Example = dict[str, Any]
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Read and check a JSON lines file.
+
+    Args:
+        path: UTF-8 text, one object a line: `messages`, or `prompt` and `completion` (both text or both messages);
+            `tools` beside either. Blank lines are skipped.
+
+    Returns:
+        Examples with `prompt`, `completion` and `line` (counted from 1), all plain text or all conversational.
+
+    Raises:
+        ValueError: The file is missing, empty or not JSON lines, or a line lacks what it needs; with its number.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected one file of JSON lines")
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    examples: list[Example] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            examples.extend(_parse_line(line, f"{path}, line {number}", number))
+            if examples[-1]["plain"] != examples[0]["plain"]:
+                first, other = ("plain text", "messages") if examples[0]["plain"] else ("messages", "plain text")
+                raise ValueError(
+                    f"{path}, line {number}: {other}, but line {examples[0]['line']} is {first}; "
+                    "put the two kinds into two files"
+                )
+    if not examples:
+        raise ValueError(f"{path} is empty; expected one JSON object a line")
+    return examples
+
+
+def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: no JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    if "messages" in row:
+        pairs = _assistant_turns(row["messages"], where)
+    elif "prompt" in row and "completion" in row:
+        pairs = [_check_pair(row["prompt"], row["completion"], where)]
+    else:
+        got = ", ".join(sorted(row)) or "nothing"
+        raise ValueError(f"{where}: expected `messages`, or `prompt` and `completion`; got {got}")
+    examples = [
+        {"prompt": prompt, "completion": completion, "line": number, "plain": isinstance(prompt, str)}
+        for prompt, completion in pairs
+    ]
+    if "tools" in row:
+        # As text: Arrow would otherwise merge the schemas of all tools of the file into one.
+        tools = row["tools"] if isinstance(row["tools"], str) else json.dumps(row["tools"])
+        examples = [{**example, "tools": tools} for example in examples]
+    return examples
+
+
+def _assistant_turns(messages: Any, where: str) -> list[tuple[list, list]]:
+    _check_messages(messages, "messages", where)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise ValueError(f"{where}: no assistant message, so no answer tokens to train on")
+    if turns[0] == 0:
+        raise ValueError(f"{where}: the first message is the assistant's; an answer needs something before it")
+    for i in turns:
+        _check_answer(messages[i], where)
+    return [(messages[:i], [messages[i]]) for i in turns]
+
+
+def _check_pair(prompt: Any, completion: Any, where: str) -> tuple[Any, Any]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not prompt:
+            raise ValueError(f"{where}: the prompt is empty")
+        if not completion.strip():
+            raise ValueError(f"{where}: the completion is empty, so there are no answer tokens to train on")
+        return prompt, completion
+    if isinstance(prompt, list) and isinstance(completion, list):
+        _check_messages(prompt, "prompt", where)
+        _check_messages(completion, "completion", where)
+        if completion[0]["role"] != "assistant":
+            raise ValueError(f"{where}: the completion starts with role {completion[0]['role']!r}, not 'assistant'")
+        _check_answer(completion[0], where)
+        return prompt, completion
+    raise ValueError(f"{where}: prompt and completion must both be text or both be lists of messages")
+
+
+def _check_messages(messages: Any, name: str, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: `{name}` must be a list of at least one message")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where}: each message of `{name}` needs a `role`")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise ValueError(f"{where}: the {message['role']} message of `{name}` needs `content` as text")
+
+
+def _check_answer(message: dict, where: str) -> None:
+    if not (message.get("content") or "").strip() and not message.get("tool_calls"):
+        raise ValueError(f"{where}: the assistant's message is empty, so there are no answer tokens to train on")
+
+
+def split_examples(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Hold out a share of the lines; all turns of one conversation stay on one side.
+
+    Raises:
+        ValueError: One side would be empty.
+    """
+    if not fraction:
+        return examples, []
+    lines = sorted({example["line"] for example in examples})
+    held_out = set(random.Random(seed).sample(lines, round(fraction * len(lines))))
+    if not held_out or len(held_out) == len(lines):
+        raise ValueError(f"--eval_fraction {fraction} of {len(lines)} lines leaves one side empty")
+    return (
+        [example for example in examples if example["line"] not in held_out],
+        [example for example in examples if example["line"] in held_out],
+    )
+
+
+def to_dataset(examples: list[Example]) -> "Dataset":
+    """The examples as an in-memory `datasets.Dataset`; the column `line` survives TRL's preparation."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{k: v for k, v in example.items() if k != "plain"} for example in examples])

@@ -1,0 +1,96 @@
+"""The README.md of a value network: what it is, what it was trained on, how to serve it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ivl_vllm.training.ivl_config import IVLConfig
+
+
+def serve_command(base: str, value: str | Path) -> str:
+    """The shell line that serves `base` with the value network `value` beside it."""
+    settings = json.dumps({"ivl": {"value_model": str(value)}})
+    return f"vllm serve {base} --logits-processor ivl --additional-config '{settings}'"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card tells beyond `ivl_config.json`.
+
+    Args:
+        config: Provenance of the value network.
+        init: What it started from.
+        zero_output_layer: Whether its output layer started at zero.
+        data: File of demonstrations.
+        examples: Answers that were trained.
+        parameters: Trained parameters.
+        settings: Trainer setting → value, the ones worth a line.
+    """
+
+    config: IVLConfig
+    init: str
+    zero_output_layer: bool
+    data: str
+    examples: int
+    parameters: int
+    settings: dict[str, object]
+
+    def render(self, folder: Path) -> str:
+        """Markdown with the metadata block that the Hugging Face Hub reads.
+
+        Args:
+            folder: Where the value network lies; its name is the title.
+        """
+        config = self.config
+        # The hub wants a hub id there; a local path would make it refuse the upload.
+        base_line = [] if Path(config.base).is_absolute() else [f"base_model: {config.base}"]
+        start = f"`{self.init}`" + (", output layer zeroed" if self.zero_output_layer else "")
+        norm = "none" if config.norm == "none" else f"{config.norm}, λ = {config.norm_weight:g}"
+        rows = {
+            "Base it was trained against": f"`{config.base}`",
+            "Scheme": f"{config.scheme}: z = B0(x) + V(x)",
+            "Norm": norm,
+            "Started from": start,
+            "Trained parameters": f"{self.parameters:,}",
+            "Demonstrations": f"`{self.data}`, {self.examples:,} answers",
+            "Vocabulary": f"{config.vocab_size:,} columns, fingerprint `{config.vocabulary_fingerprint[:16]}…`",
+            **{name.replace("_", " ").capitalize(): f"{value}" for name, value in self.settings.items()},
+            "Versions": ", ".join(f"{name} {version}" for name, version in config.versions.items()),
+        }
+        lines = [
+            "---",
+            "library_name: transformers",
+            *base_line,
+            "tags:",
+            "- ivl",
+            "- inverse-value-learning",
+            "---",
+            "",
+            f"# {folder.resolve().name}",
+            "",
+            "A *value network* of Inverse Value Learning (arXiv 2410.21027): its logits are added to those of a base",
+            "model of the same vocabulary, which may be larger than the one it was trained against. Alone it is no",
+            "language model to talk to.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+            "## Serve it",
+            "",
+            "With `ivl-vllm` installed; `BASE` is the base above or a larger one of its family:",
+            "",
+            "```bash",
+            serve_command("BASE", folder.resolve()),
+            "```",
+            "",
+            'Requests then ask for it: `{"vllm_xargs": {"ivl": 1.0}}` over HTTP, or offline',
+            '`SamplingParams(extra_args={"ivl": 1.0})`. A request that does not ask gets the base alone.',
+            "",
+        ]
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """Write `README.md` and `ivl_config.json` into an existing folder."""
+        (folder / "README.md").write_text(self.render(folder), encoding="utf-8")
+        self.config.write(folder)

@@ -1,0 +1,115 @@
+"""Loading the frozen base, the value network and their tokenizer, with every mismatch told before training starts."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def locate_model(name: str, flag: str) -> str:
+    """Check that `name` can be a model before anything is loaded.
+
+    Args:
+        name: A folder or a hub id.
+        flag: The flag it came from, for the message.
+
+    Returns:
+        The folder's absolute path, or the hub id as it is.
+
+    Raises:
+        ValueError: No such folder, or a folder without `config.json`.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = " (a LoRA adapter: merge it first)" if (path / "adapter_config.json").is_file() else ""
+            raise ValueError(f"{flag} {name}: the folder has no config.json, so it is no model{hint}")
+        return str(path.resolve())
+    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{flag} {name}: no such folder")
+    return name
+
+
+def _load(loader: Any, name: str, flag: str, **kwargs: Any) -> Any:
+    try:
+        return loader.from_pretrained(name, **kwargs)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{flag} {name}: cannot be loaded: {reason}") from error
+
+
+def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Raises:
+        ValueError: There is none, or it has no end-of-text token, without which no answer learns to stop.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {reason}") from error
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token), so answers cannot stop")
+    return tokenizer
+
+
+def check_same_vocabulary(base: PreTrainedTokenizerBase, init: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:
+    """Base and value network must give the same ids to the same tokens.
+
+    Args:
+        base: Tokenizer of the base.
+        init: Tokenizer of the model that the value network starts from.
+        names: What to call the two.
+
+    Raises:
+        ValueError: They do not; the message names both, their sizes and an example.
+    """
+    if vocabulary_fingerprint(base) == vocabulary_fingerprint(init):
+        return
+    base_vocab, init_vocab = base.get_vocab(), init.get_vocab()
+    differing = sorted(set(base_vocab.items()) ^ set(init_vocab.items()), key=lambda pair: pair[1])
+    token = differing[0][0]
+    raise ValueError(
+        f"--base {names[0]} and --init {names[1]} have different vocabularies ({len(base_vocab)} and "
+        f"{len(init_vocab)} tokens; {token!r} is {base_vocab.get(token, 'absent')} and "
+        f"{init_vocab.get(token, 'absent')}): choose an --init of the base's family"
+    )
+
+
+def load_base(name: str) -> PreTrainedModel:
+    """The base as it lies on disk: its own dtype, eval mode, no gradients."""
+    model = _load(AutoModelForCausalLM, name, "--base", dtype="auto")
+    return model.requires_grad_(False).eval()
+
+
+def load_value(name: str, flag: str, zero_output_layer: bool = False) -> tuple[PreTrainedModel, torch.dtype]:
+    """The value network in fp32 (mixed precision keeps fp32 master weights) and the dtype that it has on disk.
+
+    Args:
+        name: Model to start from.
+        flag: The flag it came from, for messages.
+        zero_output_layer: Untie the output layer and set it to zero, so that V(x) = 0 at the start.
+
+    Raises:
+        ValueError: It cannot be loaded, or has no output layer to zero.
+    """
+    config = _load(AutoConfig, name, flag)
+    stored = config.get_text_config().dtype or torch.float32
+    if zero_output_layer:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    model = _load(AutoModelForCausalLM, name, flag, config=config, dtype=torch.float32)
+    if zero_output_layer:
+        layer = model.get_output_embeddings()
+        if layer is None:
+            raise ValueError(f"{flag} {name}: no output layer was found to zero")
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.zero_()
+    return model.requires_grad_(True), stored

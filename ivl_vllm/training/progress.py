@@ -1,0 +1,59 @@
+"""The trainer's progress bar, with one readable line per log instead of a printed dictionary."""
+
+from typing import Any
+
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+# Logged name → shown name; what is not listed goes to the history and to TensorBoard alone.
+SHOWN = {
+    "loss": "loss",
+    "ce": "ce",
+    "norm": "norm",
+    "mean_token_accuracy": "token accuracy",
+    "learning_rate": "lr",
+    "epoch": "epoch",
+}
+
+
+def log_line(logs: dict[str, Any], step: int) -> str | None:
+    """One line for one log.
+
+    Args:
+        logs: What the trainer logs: training metrics, or held-out ones with the prefix `eval_`.
+        step: Optimizer steps so far.
+
+    Returns:
+        The line, or None for logs that hold neither loss (the run's closing summary).
+    """
+    held_out = "eval_loss" in logs
+    if not held_out and "loss" not in logs:
+        return None
+    parts = []
+    for name, shown in SHOWN.items():
+        value = logs.get(f"eval_{name}" if held_out and name != "epoch" else name)
+        if isinstance(value, (int, float)):
+            parts.append(f"{shown} {value:.4g}")
+    return f"step {step}{', held out' if held_out else ''}: {'  '.join(parts)}"
+
+
+class ProgressLines(ProgressCallback):
+    """transformers' progress bar; only what a log looks like differs."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the line above the bar."""
+        line = log_line(logs or {}, state.global_step)
+        if line and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+def use_progress_lines(trainer: Trainer) -> None:
+    """Put `ProgressLines` in the place of transformers' bar, where the trainer has that one (not in notebooks)."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ProgressLines())

@@ -1,0 +1,1 @@
+"""Vocabularies: telling them apart."""
