@@ -1,0 +1,81 @@
+"""The comparison: the large base itself, fully fine-tuned on the same demonstrations."""
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from ivl_vllm.training.data import read_examples, to_dataset
+from ivl_vllm.training.progress import use_progress_lines
+
+
+def fine_tune(
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path,
+    validation: Path,
+    output: Path,
+    *,
+    learning_rates: tuple[float, ...],
+    max_steps: int,
+    seed: int,
+) -> dict[str, float]:
+    """Fine-tune with TRL once per learning rate, each with early stopping, and keep the best by validation loss.
+
+    Args:
+        base: Folder of the model to fine-tune.
+        tokenizer: Its tokenizer, with a chat template.
+        data: Demonstrations, JSON lines of messages.
+        validation: Items that are neither trained nor tested, in the same form.
+        output: Folder for the best model.
+        learning_rates: Peak learning rates to try.
+        max_steps: Most steps of one try.
+        seed: Seed of the batches' order.
+
+    Returns:
+        Learning rate → best validation loss.
+    """
+    train: Dataset = to_dataset(read_examples(data)).remove_columns("line")
+    held_out: Dataset = to_dataset(read_examples(validation)).remove_columns("line")
+    losses: dict[str, float] = {}
+    for learning_rate in learning_rates:
+        print(f"fine-tune the large base, learning rate {learning_rate:g}", flush=True)
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(base),
+            args=SFTConfig(
+                output_dir=str(output / "checkpoints"),
+                learning_rate=learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.05,
+                max_steps=max_steps,
+                per_device_train_batch_size=32,
+                per_device_eval_batch_size=128,
+                eval_strategy="steps",
+                eval_steps=10,
+                save_strategy="steps",
+                save_steps=10,
+                save_total_limit=1,
+                save_only_model=True,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_loss",
+                logging_steps=10,
+                max_length=64,
+                gradient_checkpointing=False,
+                bf16=False,
+                dataloader_pin_memory=False,
+                seed=seed,
+            ),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=4)],
+        )
+        use_progress_lines(trainer)
+        trainer.train()
+        loss = float(trainer.state.best_metric)
+        if not losses or loss < min(losses.values()):
+            trainer.model.save_pretrained(output)
+            tokenizer.save_pretrained(output)
+        losses[f"{learning_rate:g}"] = loss
+    return losses
