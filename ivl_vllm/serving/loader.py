@@ -9,6 +9,7 @@ from vllm.compilation.backends import set_model_tag
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, replace
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.checks import engine_settings, network_config
@@ -44,6 +45,9 @@ class IVLModelLoader(BaseModelLoader):
             _load_network(vllm_config, path, number, load_format)
             for number, path in enumerate(engine_settings(vllm_config).networks)
         ]
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            for layer in vllm_config.compilation_config.static_forward_context.values():
+                _keep_whole_context(layer)
         return join(base, ValueRows.of(vllm_config), networks, model_config.get_vocab_size())
 
     def _base_load_config(self, load_format: str) -> LoadConfig:
@@ -84,6 +88,33 @@ def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: 
     for name in layers.keys() - before:
         _use_own_config(layers[name], config, prefix)
     return Network(model, model_config)
+
+
+def _keep_whole_context(layer: nn.Module) -> None:
+    """Gives a sliding-window layer the cache layout of full attention, so that one group holds all models' layers.
+
+    vLLM does so itself when its hybrid manager is off, but before 0.32 only if the window's block size, which the layer
+    chooses on its own, happens to be the engine's.
+    """
+    if getattr(layer, "sliding_window", None) is None:
+        return
+    own_spec = layer.get_kv_cache_spec
+
+    def get_kv_cache_spec(vllm_config: VllmConfig) -> KVCacheSpec | None:
+        spec = own_spec(vllm_config)
+        if type(spec) is not SlidingWindowSpec:
+            return spec
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            head_size_v=spec.head_size_v,
+            dtype=spec.dtype,
+            kv_quant_mode=spec.kv_quant_mode,
+            sliding_window=spec.sliding_window,
+        )
+
+    layer.get_kv_cache_spec = get_kv_cache_spec
 
 
 def _use_own_config(layer: nn.Module, config: VllmConfig, prefix: str) -> None:
