@@ -38,10 +38,13 @@ class Reference:
 
     Args:
         base: folder of the base model.
+        schemes: name -> scheme of its model, where that is not residual.
         values: name -> folder, or name -> (model, minus).
     """
 
-    def __init__(self, base: Path, **values: Path | tuple[Path, Path]):
+    def __init__(self, base: Path, schemes: dict[str, str] | None = None, **values: Path | tuple[Path, Path]):
+        self.schemes = schemes or {}
+
         def load(folder: Path) -> torch.nn.Module:
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -55,14 +58,26 @@ class Reference:
     def logits(self, ids: Sequence[int], weights: dict[str, float]) -> torch.Tensor:
         """`[len(ids), vocab of the base]` logits that predict the token after each position."""
         inputs = torch.tensor([list(ids)])
-        joined = self.base(inputs).logits[0]
+        base = self.base(inputs).logits[0]
+        joined = base.clone()
         for name, weight in weights.items():
             for model, sign in self.values[name]:
                 known = model.config.vocab_size
-                value = model(inputs.clamp(max=known - 1)).logits[0]
                 columns = min(known, joined.shape[1])
+                value = self._value_logits(model, inputs.clamp(max=known - 1), base, self.schemes.get(name, "residual"))
                 joined[:, :columns] += weight * sign * value[:, :columns]
         return joined
+
+    @staticmethod
+    def _value_logits(model: torch.nn.Module, inputs: torch.Tensor, base: torch.Tensor, scheme: str) -> torch.Tensor:
+        if scheme == "residual":
+            return model(inputs).logits[0]
+        embedding = model.get_input_embeddings()
+        columns = min(base.shape[1], model.config.vocab_size)
+        expected = base.softmax(-1)[:, :columns] @ embedding(torch.arange(columns))
+        if scheme == "cascade+text":
+            expected = expected + embedding(inputs[0])
+        return model(inputs_embeds=expected[None]).logits[0]
 
     def greedy(self, prompt: Sequence[int], output: Sequence[int], weights: dict[str, float]) -> list[int]:
         """The reference's choice at each position of `output`, given the tokens before it.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import Reference, Request, assert_parity, engine, random_requests, run
+from cascade_models import mark_scheme
+from parity import Reference, Request, assert_parity, engine, random_requests, run, sampling_params
 from tiny import VOCAB, make_model
 
 import ivl_vllm
@@ -73,20 +74,23 @@ def test_torch_compile(models, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     from vllm.compilation.counter import compilation_counter
 
-    values = {"a": {"model": str(models["value"])}, "b": {"model": str(models["anti"])}}
+    cascade = mark_scheme(make_model(tmp_path / "cascade", seed=14, layers=1), "cascade")
+    values = {"a": {"model": str(models["value"])}, "b": {"model": str(cascade)}}
     with (
         compilation_counter.expect(num_models_seen=3),
         engine(models["base"], **ivl_vllm.engine_args(values=values), enforce_eager=False) as llm,
     ):
         requests = random_requests(24, seed=41, names=("a", "b"), last_arrival=10)
         outputs = run(llm, requests)
-    assert_parity(Reference(models["base"], a=models["value"], b=models["anti"]), requests, outputs)
+    assert_parity(Reference(models["base"], {"b": "cascade"}, a=models["value"], b=cascade), requests, outputs)
 
 
 def test_two_ranks(models, tmp_path):
     """Tensor parallelism over two processes (gloo), started from a process of its own."""
+    cascade = mark_scheme(make_model(tmp_path / "cascade", seed=12, heads=2, kv_heads=2), "cascade+text")
+    folders = [str(folder) for folder in (models["base"], models["value"], cascade)]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "two_ranks.py"), str(models["base"]), str(models["value"])],
+        [sys.executable, str(Path(__file__).parent / "two_ranks.py"), *folders],
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         capture_output=True,
         text=True,
@@ -123,8 +127,6 @@ def test_low_rank_adapters_on_the_base(models, tmp_path):
 
     prompt, params = [9, 80, 41, 7, 250], {"max_tokens": 8}
     request = Request(prompt, {"default": 1.0}, 1.0, params)
-    from parity import sampling_params
-
     with engine(
         models["base"], **ivl_vllm.engine_args(value_model=str(models["value"])), enable_lora=True, max_lora_rank=8
     ) as llm:

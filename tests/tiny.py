@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -74,8 +76,8 @@ def make_model(
 
     Args:
         folder: where it is written.
-        kind: "llama", "mistral" (takes a sliding `window`), "qwen2" (has biases, ties its embeddings) or "granite"
-            (scales its logits).
+        kind: "llama", "mistral" (takes a sliding `window`), "qwen2" (has biases, ties its embeddings), "granite"
+            (scales its logits) or "gemma" (scales its embeddings).
         seed: of its weights.
         hidden: width; the head size is `hidden // heads`.
         layers: depth.
@@ -108,6 +110,8 @@ def make_model(
         model = MistralForCausalLM(MistralConfig(**common, sliding_window=window))
     elif kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
+    elif kind == "gemma":
+        model = GemmaForCausalLM(GemmaConfig(**common, head_dim=hidden // heads))
     elif kind == "granite":
         model = GraniteForCausalLM(GraniteConfig(**common, logits_scaling=2.0, attention_multiplier=0.2))
     else:

@@ -9,11 +9,12 @@ import ivl_vllm
 
 
 def main() -> None:
-    base, value = map(Path, sys.argv[1:3])
-    requests = random_requests(24, seed=43, last_arrival=10)
-    with engine(base, **ivl_vllm.engine_args(value_model=str(value)), tensor_parallel_size=2) as llm:
+    base, value, cascade = map(Path, sys.argv[1:4])
+    requests = random_requests(24, seed=43, names=("a", "b"), last_arrival=10)
+    values = {"a": {"model": str(value)}, "b": {"model": str(cascade)}}
+    with engine(base, **ivl_vllm.engine_args(values=values), tensor_parallel_size=2) as llm:
         outputs = run(llm, requests)
-    assert_parity(Reference(base, default=value), requests, outputs)
+    assert_parity(Reference(base, {"b": "cascade+text"}, a=value, b=cascade), requests, outputs)
     print(f"parity on 2 ranks: {len(requests)} requests")
 
 

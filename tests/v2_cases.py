@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from cascade_models import mark_scheme
 from parity import Reference, Request, assert_parity, engine, metric, random_requests, run
 from tiny import make_model
 
@@ -83,6 +84,21 @@ def test_a_head_that_scales_its_logits_is_not_fused(models, tmp_path):
             request.params["max_tokens"] = min(8, request.params["max_tokens"])
         outputs = run(llm, requests)
     assert_parity(Reference(models["base"], default=value), requests, outputs)
+
+
+def test_cascade_value_networks(models, tmp_path):
+    folders = {
+        "cascade": mark_scheme(make_model(tmp_path / "cascade", "qwen2", seed=11), "cascade"),
+        "text": mark_scheme(make_model(tmp_path / "text", seed=12), "cascade+text"),
+    }
+    values = {name: {"model": str(folder)} for name, folder in folders.items()}
+    with engine(models["base"], **ivl_vllm.engine_args(values=values), max_num_batched_tokens=32) as llm:
+        requests = random_requests(12, seed=51, names=("cascade", "text"), last_arrival=4)
+        for request in requests:
+            request.params["max_tokens"] = min(8, request.params["max_tokens"])
+        outputs = run(llm, requests)
+    schemes = {"cascade": "cascade", "text": "cascade+text"}
+    assert_parity(Reference(models["base"], schemes, **folders), requests, outputs)
 
 
 def test_preemption(models):

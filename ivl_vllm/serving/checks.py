@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving import admission
 from ivl_vllm.settings import Settings, parse_settings
+from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -131,6 +132,25 @@ def network_config(vllm_config: VllmConfig, network: str) -> ModelConfig:
         raise ValueError(f"ivl: the value network {network!r} ({kind}) cannot be used: {reason}") from error
 
 
+def network_scheme(network: str) -> str:
+    """How the value network is joined to the base: what its `ivl_config.json` says, residual where it has none.
+
+    Raises:
+        ValueError: the file says what this version does not know.
+    """
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    try:
+        if os.path.isdir(network):
+            config = IVLConfig.read(network)
+        else:
+            content = get_hf_file_to_dict(CONFIG_NAME, network)
+            config = None if content is None else IVLConfig(**content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"ivl: the value network {network!r} cannot be used: {error}") from error
+    return "residual" if config is None else config.scheme
+
+
 def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
     what = f"the value network {network!r}"
     if value.runner_type != "generate":
@@ -141,6 +161,7 @@ def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
             f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="
             f"{base.max_model_len}: start with --max-model-len {value.max_model_len} or less"
         )
+    network_scheme(network)
     _check_vocabulary(base, value, what)
 
 

@@ -95,9 +95,11 @@ class JoinedModel:
     ) -> torch.Tensor:
         """`[base hidden | value hidden | ...]` of `[tokens]` ids at `[tokens]` positions."""
         base = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        base_logits = super().compute_logits
         networks = self._ivl.rows.networks
         values = [
-            net.forward(input_ids, positions, clamp) for net, clamp in zip(networks, self._ivl.clamp, strict=True)
+            network.forward(input_ids, positions, clamp, base, base_logits)
+            for network, clamp in zip(networks, self._ivl.clamp, strict=True)
         ]
         return self._ivl.concatenate([base, *values])
 

@@ -12,7 +12,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from ivl_vllm.plugin import ENGINE_KEY
-from ivl_vllm.serving.checks import engine_settings, network_config
+from ivl_vllm.serving.checks import engine_settings, network_config, network_scheme
 from ivl_vllm.serving.joined_model import ValueRows, join
 from ivl_vllm.serving.network import Network
 
@@ -87,7 +87,7 @@ def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: 
         model = loader.load_model(vllm_config=config, model_config=model_config, prefix=prefix)
     for name in layers.keys() - before:
         _use_own_config(layers[name], config, prefix)
-    return Network(model, model_config)
+    return Network(model, model_config, network_scheme(path))
 
 
 def _keep_whole_context(layer: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from ivl_kernels import lm_head_value_add, value_add
 from ivl_kernels.checks import choose_backend
@@ -12,6 +14,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from ivl_vllm.serving.cascade import ExpectedEmbedding
+
 logger = init_logger(__name__)
 
 
@@ -20,28 +24,45 @@ class Network:
 
     Attributes:
         model: vLLM model; `model(input_ids, positions)` gives hidden states, `model.compute_logits` their logits.
+        expected: for a cascade value network, what makes its input embeddings; None for a residual one.
         vocab_size: columns of its logits, and the number of token ids that it knows.
         head: `[vocab, hidden]` projection matrix when one fused kernel can project and add; else None.
     """
 
-    def __init__(self, model: nn.Module, model_config: ModelConfig):
+    def __init__(self, model: nn.Module, model_config: ModelConfig, scheme: str = "residual"):
         self.model = model
+        self.expected = None if scheme == "residual" else ExpectedEmbedding(model, with_text=scheme == "cascade+text")
         self.vocab_size = model_config.get_vocab_size()
         self.head, reason = _plain_head(model, self.vocab_size)
         how = "fused with the weighted add" if self.head is not None else f"by its own compute_logits, as {reason}"
         logger.info("ivl: value network %s: output projection %s", model_config.model, how)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, clamp: bool) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        clamp: bool,
+        base_hidden: torch.Tensor,
+        base_logits: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         """Hidden states `[tokens, hidden]` of the same tokens that the base reads.
 
         Args:
             input_ids: int `[tokens]`.
             positions: int `[tokens]`.
             clamp: the base knows more ids than this network; those that it lacks are read as its last one.
+            base_hidden: `[tokens, hidden of the base]`, read by cascade value networks.
+            base_logits: the base's output projection, likewise.
         """
         if clamp:
             input_ids = input_ids.clamp(max=self.vocab_size - 1)
-        return self.model(input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        embeds = None if self.expected is None else self.expected(base_hidden, input_ids, base_logits)
+        return self.model(
+            input_ids=input_ids if embeds is None else None,
+            positions=positions,
+            intermediate_tensors=None,
+            inputs_embeds=embeds,
+        )
 
     def add_logits(
         self, logits: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor, row_index: torch.Tensor | None

@@ -8,7 +8,7 @@ from typing import Any
 
 CONFIG_NAME = "ivl_config.json"
 FORMAT_VERSION = 1
-SCHEMES = ("residual",)
+SCHEMES = ("residual", "cascade", "cascade+text")
 NORMS = ("l1", "l2", "none")
 
 
