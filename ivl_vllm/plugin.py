@@ -102,6 +102,11 @@ def _resolve(args: EngineArgs) -> dict[str, Any]:
                 'add --logits-processor ivl (offline: logits_processors=["ivl"]) or remove the settings'
             )
         return {}
+    if args.load_format == "tensorizer" or "://" in str(args.model):
+        raise ValueError(
+            f"ivl: a base model with load_format={args.load_format!r} from {args.model!r} is streamed in a way that "
+            "leaves no room for value networks: copy it to a folder and load it from there"
+        )
     # Named twice, it would add the value logits twice.
     resolved = [PROCESSOR] + [p for p in processors if not _is_ours(p)]
     first = next(i for i, p in enumerate(processors) if _is_ours(p))

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build=${IVL_BUILD:-cpu}
-if [ -z "${IVL_BUILD:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then build=gpu; fi
+if [ -z "${IVL_BUILD:-}" ] && command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L 2>/dev/null | grep -c GPU)" -gt 0 ]; then build=gpu; fi
 case "$build" in cpu | gpu) ;; *) echo "IVL_BUILD=$build: use cpu or gpu" >&2; exit 2 ;; esac
 
 # What is installed is named by its inputs: a change to any of them installs again.

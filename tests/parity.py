@@ -15,6 +15,8 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Unless a test process says otherwise: with Triton vLLM would choose its runner V2.
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 # Models this small gain nothing from a second thread, and lose much when it shares a core with something else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -19,6 +19,8 @@ import ivl_vllm
     [
         # The base has a sliding window, the value network none; same heads and head size, other depth.
         ({"kind": "mistral", "window": 20, "hidden": 64, "heads": 2}, {"hidden": 64, "heads": 2, "layers": 3}),
+        # Two different windows.
+        ({"kind": "mistral", "window": 40}, {"kind": "mistral", "window": 12, "hidden": 128, "layers": 1}),
         # Same KV heads and head size, so the same KV cache layout, but another number of query heads; fewer columns.
         (
             {"hidden": 128, "heads": 4, "kv_heads": 2},
@@ -30,7 +32,7 @@ import ivl_vllm
             {"hidden": 320, "heads": 4, "kv_heads": 4, "vocab_size": VOCAB + 60},
         ),
     ],
-    ids=["window_on_base", "query_heads", "larger_value"],
+    ids=["window_on_base", "two_windows", "query_heads", "larger_value"],
 )
 def test_models_that_differ(tmp_path, base, value):
     folders = make_model(tmp_path / "base", seed=5, **base), make_model(tmp_path / "value", seed=6, **value)
@@ -38,6 +40,19 @@ def test_models_that_differ(tmp_path, base, value):
     with engine(folders[0], **ivl_vllm.engine_args(value_model=str(folders[1]))) as llm:
         outputs = run(llm, requests)
     assert_parity(Reference(folders[0], default=folders[1]), requests, outputs)
+
+
+def test_an_output_layer_that_only_the_checkpoint_has(models, tmp_path):
+    """The config says that embeddings are tied, the checkpoint brings an output layer: the checkpoint is right."""
+    import json
+
+    value = make_model(tmp_path / "value", seed=15)
+    config = json.loads((value / "config.json").read_text())
+    (value / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    requests = random_requests(12, seed=49)
+    with engine(models["base"], **ivl_vllm.engine_args(value_model=str(value))) as llm:
+        outputs = run(llm, requests)
+    assert_parity(Reference(models["base"], default=value), requests, outputs)
 
 
 def test_dtypes_that_differ(tmp_path):

@@ -40,6 +40,7 @@ def llm(models):
 
 
 def test_random_mixes(llm, reference):
+    assert not llm.llm_engine.vllm_config.use_v2_model_runner
     requests = random_requests(120, seed=1, names=("math", "style"))
     outputs = run(llm, requests)
     assert_parity(reference, requests, outputs)
@@ -72,9 +73,10 @@ def test_abort_in_mid_flight(llm, reference):
 def test_seeded_sampling_and_n(llm, reference):
     """The same seed gives the tokens that vLLM's own sampler draws from the reference's logits."""
     rng = random.Random(7)
-    for seed, weights in enumerate([{}, {"math": 0.7}, {"math": 1.0, "style": -0.5}]):
-        # Three prompts of 8 tokens fit one step: vLLM cannot rewind a CPU generator after a cut-up prompt.
-        prompt = [rng.randrange(4, 320) for _ in range(8)]
+    unsteered, outcomes, seed = {}, [], 3
+    # Three prompts of 8 tokens fit one step: vLLM cannot rewind a CPU generator after a cut-up prompt.
+    prompt = [rng.randrange(4, 320) for _ in range(8)]
+    for weights in [{}, {"math": 0.7}, {"math": 1.0, "style": -0.5}]:
         params = {"temperature": 0.8, "max_tokens": 10, "seed": seed, "n": 3}
         (output,) = run(llm, [Request(prompt, weights, weights, params)])
         assert len(output.outputs) == 3
@@ -88,7 +90,12 @@ def test_seeded_sampling_and_n(llm, reference):
                 noise = torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
                 drawn.append(int(torch.ops._C.fused_gumbel_argmax((row / 0.8).unsqueeze(0).contiguous(), noise)))
             assert tokens == drawn
+            if weights:
+                outcomes.append(tokens != unsteered[completion.index])
+            else:
+                unsteered[completion.index] = tokens
         assert len({tuple(c.token_ids) for c in output.outputs}) == 3
+    assert all(outcomes)
 
 
 def test_processed_logprobs(llm, reference):
@@ -151,6 +158,8 @@ def test_stop_strings(llm, reference):
     (stopped,) = run(llm, [Request(prompt, weights, weights, {"max_tokens": 20, "detokenize": True, "stop": [stop]})])
     assert stopped.outputs[0].finish_reason == "stop"
     assert stopped.outputs[0].text == text[: text.index(stop)]
+    (unsteered,) = run(llm, [Request(prompt, {}, 0, {"max_tokens": 20, "detokenize": True, "stop": [stop]})])
+    assert unsteered.outputs[0].text != stopped.outputs[0].text
 
 
 def test_bad_requests_are_refused_and_harm_no_other(llm, reference):

@@ -1,5 +1,7 @@
 """What an engine refuses to start with, what it starts with, and how the package is put together."""
 
+import gc
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,8 @@ def test_spellings(models, spelling):
     )
     assert config.model_config.logits_processors == ["some.module:Other", "ivl_vllm:IVLLogitsProcessor"]
     assert config.load_config.load_format == "ivl"
-    assert config.additional_config[plugin.ENGINE_KEY] == {"load_format": "safetensors", "dtype": "float32"}
+    engine = config.additional_config[plugin.ENGINE_KEY]
+    assert (engine["load_format"], engine["dtype"]) == ("safetensors", "float32")
     assert config.additional_config["other"] == 1
     assert config.model_config.logprobs_mode == "raw_logits"
 
@@ -104,6 +107,8 @@ REFUSED = {
     ),
     "not_a_model": ({"additional_config": {"ivl": {"value_model": "EMPTY"}}}, ["EMPTY", "cannot be used"]),
     "no_safetensors": ({"additional_config": {"ivl": {"value_model": "PICKLED"}}}, ["safetensors"]),
+    "tensorizer": ({"load_format": "tensorizer"}, ["load_format='tensorizer'", "copy it to a folder"]),
+    "heads_over_ranks": ({"tensor_parallel_size": 4}, ["the value network", "parallelism", "heads"]),
     "multimodal_value": ({"additional_config": {"ivl": {"value_model": "SOUNDS"}}}, ["multimodal", "text"]),
 }
 
@@ -167,6 +172,55 @@ def test_refused_at_start(models, folders, case):
 def test_a_multimodal_base_is_refused(models, folders):
     with pytest.raises(ValueError, match="ivl: the base model .* is multimodal"):
         create(folders / "SOUNDS", **ivl_vllm.engine_args(value_model=str(models["value"])))
+
+
+def test_the_compile_cache_key_knows_order_and_content(models):
+    """vLLM hashes the settings with sorted keys, and layers are named by the networks' order."""
+
+    def key(*names):
+        values = {name: {"model": str(models[name])} for name in names}
+        return create(models["base"], **ivl_vllm.engine_args(values=values)).compute_hash()
+
+    assert len({key("value", "anti"), key("anti", "value"), key("value")}) == 3
+    assert key("value", "anti") == key("value", "anti")
+
+
+def test_settings_of_engines_that_are_gone_admit_nothing(models):
+    from vllm.sampling_params import SamplingParams
+
+    def check(ivl):
+        ivl_vllm.IVLLogitsProcessor.validate_params(SamplingParams(extra_args={"ivl": ivl}))
+
+    old = create(
+        models["base"], **ivl_vllm.engine_args(values={"old": {"model": str(models["value"])}}, max_weight=100.0)
+    )
+    check({"old": 50.0})
+    new = create(models["base"], **ivl_vllm.engine_args(values={"new": {"model": str(models["value"])}}))
+    check({"old": 50.0})  # two engines that live side by side
+    check({"new": 1.0})
+    del old
+    gc.collect()
+    check({"new": 1.0})
+    for bad in ({"old": 50.0}, 50.0, "old=1"):
+        with pytest.raises(ValueError, match="ivl: "):
+            check(bad)
+    del new
+
+
+def test_renamed_special_tokens_are_the_same_vocabulary(models, tmp_path):
+    import shutil
+
+    folder = tmp_path / "renamed"
+    shutil.copytree(models["value"], folder)
+    tokens = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(tokens.replace("<|system|>", "<|reserved_3|>"))
+    assert create(models["base"], **ivl_vllm.engine_args(value_model=str(folder)))
+    swapped = json.loads(tokens)
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(swapped))
+    with pytest.raises(ValueError, match="different vocabularies"):
+        create(models["base"], **ivl_vllm.engine_args(value_model=str(folder)))
 
 
 def test_registering_twice_wraps_once():

@@ -144,6 +144,25 @@ def test_speculative_decoding_with_a_draft_model(models, tmp_path, monkeypatch, 
     assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
 
 
+def test_speculative_decoding_with_ngrams(models):
+    speculation = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(
+        models["base"],
+        **ivl_vllm.engine_args(value_model=str(models["value"])),
+        speculative_config=speculation,
+        disable_log_stats=False,
+    ) as llm:
+        # Prompts that repeat themselves give the drafter something to find.
+        rng = random.Random(61)
+        requests = random_requests(12, seed=59, last_arrival=4)
+        for request in requests:
+            request.prompt = [rng.randrange(4, 320) for _ in range(4)] * 5
+            request.params["max_tokens"] = min(10, request.params["max_tokens"])
+        outputs = run(llm, requests)
+        assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
+    assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
+
+
 def test_seeded_sampling_repeats_itself_and_follows_the_weight(models):
     with engine(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"]))) as llm:
         rng = random.Random(3)

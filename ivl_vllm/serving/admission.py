@@ -1,4 +1,4 @@
-"""What requests may ask of the engines of this process: vLLM validates parameters without the engine's settings.
+"""What requests may ask of this process's engines: vLLM validates parameters without the engine's settings.
 
 A process that serves one engine (every server) checks a request against exactly that engine's settings. Where several
 engines live in one process, a request is admitted if any of them would take it.
@@ -6,19 +6,23 @@ engines live in one process, a request is admitted if any of them would take it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from ivl_vllm.settings import Settings
 
-_engines: list[Settings] = []
+# Newest last, each with the configuration whose life it shares.
+_engines: list[tuple[Settings, weakref.ref]] = []
 
 
-def admit_for(settings: Settings) -> None:
-    """Requests that fit these settings are admitted from now on in this process."""
-    if settings in _engines:
-        _engines.remove(settings)
-    _engines.append(settings)
+def admit_for(settings: Settings, vllm_config: Any) -> None:
+    """Requests that fit these settings are admitted in this process while the configuration lives.
+
+    The newest settings stay even without it, since vLLM may go on with a copy.
+    """
+    _engines[:] = [entry for entry in _engines if entry[1]() is not None]
+    _engines.append((settings, weakref.ref(vllm_config)))
 
 
 def check_request(extra_args: Mapping[str, Any] | None) -> None:
@@ -28,7 +32,9 @@ def check_request(extra_args: Mapping[str, Any] | None) -> None:
         ValueError: the newest engine's reason.
     """
     refusal = None
-    for settings in reversed(_engines):
+    for settings, vllm_config in reversed(_engines):
+        if refusal and vllm_config() is None:
+            continue
         try:
             settings.request_weights(extra_args)
         except ValueError as error:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ivl_vllm.plugin import ENGINE_KEY
+from vllm.logger import init_logger
+
+from ivl_vllm.plugin import ENGINE_KEY, LOAD_FORMAT
 from ivl_vllm.serving import admission
 from ivl_vllm.settings import Settings, parse_settings
 from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
@@ -13,8 +16,10 @@ from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+logger = init_logger(__name__)
+
 # Drafters that read nothing from the target model, whose hidden states are joined with the value networks'.
-INDEPENDENT_DRAFTERS = ("draft_model", "ngram", "ngram_gpu", "suffix")
+INDEPENDENT_DRAFTERS = ("draft_model", "ngram")
 
 
 def engine_settings(vllm_config: VllmConfig) -> Settings:
@@ -41,13 +46,18 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
         _check_network(vllm_config.model_config, value_config, network)
         if not random_weights:
             _check_weights(network)
-        value_config.verify_with_parallel_config(vllm_config.parallel_config)
+        _check_parallel(vllm_config, value_config, network)
         models.append(value_config)
+    # Part of vLLM's compile cache key, which by itself knows neither the networks' order nor what their folders hold.
+    hashes = [[network, model.compute_hash()] for network, model in zip(settings.networks, models[1:], strict=True)]
+    vllm_config.additional_config[ENGINE_KEY]["networks"] = hashes
     if not hybrid_is_users_choice and any(map(_has_window, models)) and not vllm_config.model_config.is_hybrid:
         # Pages of different models rarely fit each other. vLLM would make groups as small as one layer out of them, or
         # give up; as full attention (the window still holds when attention is computed) all layers share one group.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-    admission.admit_for(settings)
+        # Would look for windows in the group (vLLM before 0.32).
+        vllm_config.model_config.disable_cascade_attn = True
+    admission.admit_for(settings, vllm_config)
 
 
 def _has_window(model: ModelConfig) -> bool:
@@ -57,6 +67,11 @@ def _has_window(model: ModelConfig) -> bool:
 
 def _check_features(config: VllmConfig) -> None:
     model, parallel, drafter = config.model_config, config.parallel_config, config.speculative_config
+    if config.load_config.load_format != LOAD_FORMAT:
+        raise ValueError(
+            f"ivl: vLLM loads {model.model} by {config.load_config.load_format!r} whatever it is told (quantization "
+            f"{model.quantization!r}), which leaves the value networks out: use a checkpoint in another format"
+        )
     if model.runner_type == "pooling":
         raise ValueError(
             f"ivl: {model.model} runs as a pooling model, which has no logits to add to: use --runner generate"
@@ -156,6 +171,11 @@ def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
     if value.runner_type != "generate":
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
     _check_text_only(value, what)
+    if value.is_hybrid or value.is_attention_free:
+        raise ValueError(
+            f"ivl: {what} ({', '.join(value.architectures)}) has layers that are no attention, for which vLLM prepares "
+            "the base's cache only: use a transformer"
+        )
     if value.max_model_len < base.max_model_len:
         raise ValueError(
             f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="
@@ -163,6 +183,18 @@ def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
         )
     network_scheme(network)
     _check_vocabulary(base, value, what)
+
+
+def _check_parallel(vllm_config: VllmConfig, value: ModelConfig, network: str) -> None:
+    parallel = copy.copy(vllm_config.parallel_config)
+    # The base's experts are its own affair.
+    parallel.enable_expert_parallel = parallel.enable_expert_parallel and value.is_moe
+    try:
+        value.verify_with_parallel_config(parallel)
+    except ValueError as error:
+        raise ValueError(
+            f"ivl: the value network {network!r} does not fit the engine's parallelism: {error}"
+        ) from error
 
 
 def _check_weights(network: str) -> None:
@@ -185,25 +217,34 @@ def _check_vocabulary(base: ModelConfig, value: ModelConfig, what: str) -> None:
         if base.get_vocab_size() != value.get_vocab_size():
             raise ValueError(f"ivl: {sizes}, and there are no two tokenizers to compare; {fix}")
         return
-    clash = next((i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]), None)
-    if clash is not None:
+    clashes = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i].text != theirs[i].text]
+    # Releases of one family give reserved special tokens new names: those may differ.
+    wrong = [i for i in clashes if not (ours[i].special and theirs[i].special)]
+    if wrong:
         raise ValueError(
-            f"ivl: different vocabularies: {sizes}, and id {clash} is {ours[clash]!r} in the one and {theirs[clash]!r} "
-            f"in the other; {fix}"
+            f"ivl: different vocabularies: {sizes}, and id {wrong[0]} is {ours[wrong[0]].text!r} in the one and "
+            f"{theirs[wrong[0]].text!r} in the other; {fix}"
         )
+    if clashes:
+        names = f"{ours[clashes[0]].text!r} and {theirs[clashes[0]].text!r}"
+        logger.warning("ivl: %d special tokens have two names in base and %s, such as %s", len(clashes), what, names)
 
 
-def _tokens(tokenizer: str | None, base: ModelConfig) -> dict[int, str] | None:
-    """id -> token string of the tokenizer at a path, or None when there is none."""
+class _Token(NamedTuple):
+    text: str
+    special: bool
+
+
+def _tokens(tokenizer: str | None, base: ModelConfig) -> dict[int, _Token] | None:
+    """id -> token of the tokenizer at a path, or None when there is none."""
     from vllm.tokenizers import get_tokenizer
 
     if tokenizer is None:
         return None
     try:
         loaded = get_tokenizer(tokenizer, trust_remote_code=base.trust_remote_code)
-        return {index: token for token, index in loaded.get_vocab().items()}
+        special = set(loaded.all_special_ids) | set(loaded.get_added_vocab().values())
+        return {i: _Token(token, i in special) for token, i in loaded.get_vocab().items()}
     except Exception as error:  # tokenizer libraries raise anything from OSError to pyo3's own
-        from vllm.logger import init_logger
-
-        init_logger(__name__).warning("ivl: no tokenizer at %s to compare vocabularies with (%s)", tokenizer, error)
+        logger.warning("ivl: no tokenizer at %s to compare vocabularies with (%s)", tokenizer, error)
         return None

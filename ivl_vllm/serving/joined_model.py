@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -64,16 +65,23 @@ class _Join:
     def __init__(self, rows: ValueRows, networks: list[Network], base_vocab_size: int):
         self.rows = rows
         self.clamp = [network.vocab_size < base_vocab_size for network in networks]
-        # [base hidden, value hidden, ...]: known after the first forward, which always precedes the first logits.
+        # Of [base hidden, value hidden, ...]: known after the first forward, which always precedes the first logits.
         self.widths: list[int] = []
         self.dtypes: list[torch.dtype] = []
         rows.networks = networks
 
-    def concatenate(self, parts: list[torch.Tensor]) -> torch.Tensor:
+    def learn(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Joins the parts of the first forward, and keeps what the later ones need to know."""
         self.widths = [part.shape[-1] for part in parts]
         self.dtypes = [part.dtype for part in parts]
         # Different dtypes travel in the wider one, which holds both exactly.
         return torch.cat(parts, dim=-1)
+
+    def allocate(self, base: torch.Tensor) -> list[torch.Tensor]:
+        """Uninitialised room for all parts of `[tokens, width]`: views of one tensor, and that tensor at the end."""
+        dtype = functools.reduce(torch.promote_types, self.dtypes)
+        joined = base.new_empty(base.shape[0], sum(self.widths), dtype=dtype)
+        return [*joined.split(self.widths, dim=-1), joined]
 
     def split(self, joined: torch.Tensor) -> list[torch.Tensor]:
         parts = joined.split(self.widths, dim=-1)
@@ -93,15 +101,21 @@ class JoinedModel:
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """`[base hidden | value hidden | ...]` of `[tokens]` ids at `[tokens]` positions."""
-        base = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        """`[base hidden | value hidden | ...]` of `[tokens]` ids at `[tokens]` positions.
+
+        Each network's hidden states are copied out before the next one runs. Captured in pieces, a model's last CUDA
+        graph leaves its output in memory that the graphs of the next model may use.
+        """
         base_logits = super().compute_logits
-        networks = self._ivl.rows.networks
-        values = [
-            network.forward(input_ids, positions, clamp, base, base_logits)
-            for network, clamp in zip(networks, self._ivl.clamp, strict=True)
-        ]
-        return self._ivl.concatenate([base, *values])
+        base = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        first = not self._ivl.widths
+        room = [] if first else self._ivl.allocate(base)
+        parts = [base.clone() if first else room[0].copy_(base)]
+        base = parts[0].to(base.dtype)
+        for number, (network, clamp) in enumerate(zip(self._ivl.rows.networks, self._ivl.clamp, strict=True), 1):
+            value = network.forward(input_ids, positions, clamp, base, base_logits)
+            parts.append(value.clone() if first else room[number].copy_(value))
+        return self._ivl.learn(parts) if first else room[-1]
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The base's logits of `[rows, joined hidden]`; the value rows wait for the logits processor."""

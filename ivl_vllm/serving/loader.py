@@ -66,6 +66,9 @@ def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: 
     model_config = network_config(vllm_config, path)
     # A request is as long for the value network as for the base.
     model_config.max_model_len = vllm_config.model_config.max_model_len
+    if load_format != "dummy" and hasattr(model_config, "maybe_untie_word_embeddings"):
+        # vLLM does this for the base when it completes the engine's configuration (0.32 and later).
+        model_config.maybe_untie_word_embeddings()
     # Not vLLM's `replace`: that derives everything anew and would change objects that base and value network share.
     config = copy.copy(vllm_config)
     config.model_config = model_config
@@ -87,7 +90,8 @@ def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: 
         model = loader.load_model(vllm_config=config, model_config=model_config, prefix=prefix)
     for name in layers.keys() - before:
         _use_own_config(layers[name], config, prefix)
-    return Network(model, model_config, network_scheme(path))
+    max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    return Network(model, model_config, max_tokens, network_scheme(path))
 
 
 def _keep_whole_context(layer: nn.Module) -> None:
@@ -111,7 +115,7 @@ def _keep_whole_context(layer: nn.Module) -> None:
             head_size_v=spec.head_size_v,
             dtype=spec.dtype,
             kv_quant_mode=spec.kv_quant_mode,
-            sliding_window=spec.sliding_window,
+            # The window itself is left out: a group takes no two different ones. Attention reads it from the layer.
         )
 
     layer.get_kv_cache_spec = get_kv_cache_spec
@@ -126,6 +130,10 @@ def _use_own_config(layer: nn.Module, config: VllmConfig, prefix: str) -> None:
     class Builder(backend.get_builder_cls()):
         def __init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs):
             super().__init__(kv_cache_spec, layer_names, config, *args, **kwargs)
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config, *args, **kwargs):
+            return super().get_cudagraph_support(config, *args, **kwargs)
 
     # vLLM groups layers by the name of their backend: one name for each network, the same for all its layers.
     members = {"get_builder_cls": staticmethod(lambda: Builder), "__module__": __name__}

@@ -19,6 +19,23 @@ from ivl_vllm.serving.cascade import ExpectedEmbedding
 logger = init_logger(__name__)
 
 
+class StableInput:
+    """A model input that is computed anew every step, at an address that stays.
+
+    CUDA graphs that were captured in pieces read their inputs where they lay at capture; vLLM's own inputs stay there.
+    """
+
+    def __init__(self, max_tokens: int):
+        self._max_tokens = max_tokens
+        self._buffer: torch.Tensor | None = None
+
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` (`[tokens, ...]`), copied to the start of the buffer."""
+        if self._buffer is None:
+            self._buffer = tensor.new_empty(max(self._max_tokens, tensor.shape[0]), *tensor.shape[1:])
+        return self._buffer[: tensor.shape[0]].copy_(tensor)
+
+
 class Network:
     """A loaded value network.
 
@@ -29,8 +46,10 @@ class Network:
         head: `[vocab, hidden]` projection matrix when one fused kernel can project and add; else None.
     """
 
-    def __init__(self, model: nn.Module, model_config: ModelConfig, scheme: str = "residual"):
+    def __init__(self, model: nn.Module, model_config: ModelConfig, max_tokens: int, scheme: str = "residual"):
         self.model = model
+        self._ids = StableInput(max_tokens)
+        self._embeds = StableInput(max_tokens)
         self.expected = None if scheme == "residual" else ExpectedEmbedding(model, with_text=scheme == "cascade+text")
         self.vocab_size = model_config.get_vocab_size()
         self.head, reason = _plain_head(model, self.vocab_size)
@@ -55,8 +74,10 @@ class Network:
             base_logits: the base's output projection, likewise.
         """
         if clamp:
-            input_ids = input_ids.clamp(max=self.vocab_size - 1)
-        embeds = None if self.expected is None else self.expected(base_hidden, input_ids, base_logits)
+            input_ids = self._ids.hold(input_ids.clamp(max=self.vocab_size - 1))
+        embeds = None
+        if self.expected is not None:
+            embeds = self._embeds.hold(self.expected(base_hidden, input_ids, base_logits))
         return self.model(
             input_ids=input_ids if embeds is None else None,
             positions=positions,
@@ -78,7 +99,8 @@ class Network:
         if self.head is not None:
             lm_head_value_add(logits, hidden, self.head, weights, row_index=row_index)
         else:
-            value_add(logits, self.model.compute_logits(hidden), weights, row_index=row_index)
+            # Contiguous: the rows are columns of the joined tensor, and quantized heads want plain ones.
+            value_add(logits, self.model.compute_logits(hidden.contiguous()), weights, row_index=row_index)
 
 
 def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None, str]:
@@ -89,10 +111,11 @@ def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None,
         return None, "the model has no plain lm_head"
     if choose_backend("auto", weight.device) != "triton":
         return None, f"there is no Triton for {weight.device}"
-    if head.tp_size > 1:
+    if getattr(head, "tp_size", 1) > 1:
         return None, "its vocabulary is split over tensor-parallel ranks"
-    if not isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
-        return None, f"its head is quantized ({type(head.quant_method).__name__})"
+    method = getattr(head, "quant_method", None)
+    if not isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
+        return None, f"its head is quantized ({type(method).__name__})"
     if envs.VLLM_BATCH_INVARIANT:
         return None, "VLLM_BATCH_INVARIANT asks for vLLM's own kernels"
     matrix = weight[:vocab_size]

@@ -1,0 +1,68 @@
+"""The joined forward on its own: what a GPU with CUDA graphs in pieces needs, shown on the CPU."""
+
+import torch
+from torch import nn
+
+from ivl_vllm.serving.joined_model import ValueRows, join
+from ivl_vllm.serving.network import StableInput
+
+SCRATCH = torch.zeros(64, 8)
+
+
+class Base(nn.Module):
+    """Leaves its output in memory that the next model uses, as the last graph of a model does."""
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+        return SCRATCH[: len(input_ids), :4].copy_(input_ids[:, None].expand(-1, 4))
+
+    def compute_logits(self, hidden):
+        assert hidden.is_contiguous()
+        return hidden * 2
+
+
+class FakeNetwork:
+    vocab_size = 10
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def forward(self, input_ids, positions, clamp, base_hidden, base_logits):
+        SCRATCH.fill_(-1.0)
+        assert (
+            base_logits(base_hidden.contiguous()) == 2 * input_ids[:, None]
+        ).all()  # a cascade still reads the base's own
+        dtype = torch.float32 if self.number == 1 else torch.bfloat16
+        return SCRATCH[: len(input_ids), :3].copy_(input_ids[:, None] * 10 + self.number).to(dtype)
+
+
+def test_no_model_overwrites_what_another_left():
+    rows = ValueRows()
+    model = join(Base(), rows, [FakeNetwork(1), FakeNetwork(2)], 10)
+    for ids in (torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0])):  # the first forward, and a later one
+        joined = model(ids, torch.arange(len(ids)))
+        logits = model.compute_logits(joined)
+        assert torch.equal(logits, 2 * ids[:, None].expand(-1, 4))
+        first, second = rows.take(len(ids))
+        assert torch.equal(first, (10 * ids + 1)[:, None].expand(-1, 3)) and first.dtype == torch.float32
+        assert torch.equal(second, (10 * ids + 2)[:, None].expand(-1, 3).bfloat16()) and second.dtype == torch.bfloat16
+
+
+def test_rows_are_handed_out_once_and_in_order():
+    rows = ValueRows()
+    rows.put([torch.arange(6)[:, None]])
+    assert rows.take(2)[0].flatten().tolist() == [0, 1]
+    assert rows.take(3)[0].flatten().tolist() == [2, 3, 4]
+    try:
+        rows.take(2)
+    except RuntimeError as error:
+        assert "2 rows of logits after 5, but 6 rows" in str(error)
+    else:
+        raise AssertionError("seven rows out of six")
+
+
+def test_inputs_stay_where_a_graph_was_captured():
+    stable = StableInput(16)
+    first = stable.hold(torch.arange(16).int())
+    second = stable.hold(torch.tensor([7, 8]).int())
+    assert first.data_ptr() == second.data_ptr() and second.tolist() == [7, 8]
+    assert StableInput(4).hold(torch.zeros(9, 3)).shape == (9, 3)
