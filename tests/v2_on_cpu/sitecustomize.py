@@ -32,11 +32,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    masked_store = InterpreterBuilder.create_masked_store
+    def with_boolean_masks(operation):
+        # The interpreter leaves the masks of some of vLLM's kernels as integers 0 and 1, and then refuses them.
+        def checked(self, *operands):
+            mask = 2 if operation is masked_store else 1
+            operands = list(operands)
+            operands[mask] = TensorHandle(operands[mask].data.astype(bool), operands[mask].dtype)
+            return operation(self, *operands)
 
-    def store_with_a_boolean_mask(self, ptrs, value, mask, cache_policy):
-        # The interpreter leaves the mask of vLLM's grammar kernel as integers 0 and 1, and then refuses them.
-        return masked_store(self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy)
+        return checked
 
-    InterpreterBuilder.create_masked_store = store_with_a_boolean_mask
+    masked_store, masked_load = InterpreterBuilder.create_masked_store, InterpreterBuilder.create_masked_load
+    InterpreterBuilder.create_masked_store = with_boolean_masks(masked_store)
+    InterpreterBuilder.create_masked_load = with_boolean_masks(masked_load)
     backends.backends["cpu"] = backends.Backend(compiler=backends.BaseBackend, driver=InterpreterDriver)
