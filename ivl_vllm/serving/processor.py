@@ -111,6 +111,8 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             logits: fp32 `[rows, vocab]`.
             ctx: V2's `LogitsContext`; None from V1, where row i belongs to the request at position i.
         """
+        if not self._weights.any_steered:
+            return logits
         hidden = self._value_rows.take(logits.shape[0])
         if ctx is None:
             chosen = self._weights.of_rows(np.arange(logits.shape[0]))

@@ -22,6 +22,8 @@ class RequestWeights:
         self._host = np.zeros((num_slots, num_networks), dtype=np.float32)
         self._device = torch.zeros((num_networks, num_slots), dtype=torch.float32, device=device)
         self._dirty = False
+        # Whether any slot has a weight. A slot that V2 has freed counts until it is filled again.
+        self.any_steered = False
         self._chosen: dict[int, tuple[torch.Tensor | None, torch.Tensor] | None] = {}
         self._chosen_for: bytes | None = None
 
@@ -39,6 +41,7 @@ class RequestWeights:
             self._device.copy_(async_tensor_h2d(np.ascontiguousarray(self._host.T), device=self._device.device))
             self._dirty = False
             self._chosen_for = None
+            self.any_steered = bool(self._host.any())
 
     def of_rows(self, slots: np.ndarray) -> dict[int, tuple[torch.Tensor | None, torch.Tensor] | None]:
         """Which rows of logits each network is added to, when the slot of every row is known on the host.
