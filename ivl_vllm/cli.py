@@ -1,6 +1,7 @@
 """The command line `ivl`. Each command imports what it needs when it runs, so that help is quick."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words of the command line without the program's name; left out, those of the process.
 
     Returns:
-        The exit status: 0, or 2 for input that the user can mend, which is told in one line on stderr.
+        The exit status: 0; 2 for input that the user can mend and 1 for training that diverged, each told in one line
+        on stderr.
     """
     parser = argparse.ArgumentParser(
         prog="ivl",
@@ -55,14 +57,31 @@ def _train(words: list[str]) -> int:
     if "--help-all" in words or "--help_all" in words:
         _train_help(everything=True)
         return 0
+    # Before the import below, as the hub's client reads it once.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from ivl_vllm.training.command import prepare
+    from ivl_vllm.training.saving import TrainingDivergedError
 
     try:
         run = prepare(words)
     except ValueError as error:
         raise _InputError(error) from error
-    run.run()
-    return 0
+    status = 0
+    try:
+        run.run()
+    except TrainingDivergedError as error:
+        print(f"ivl train: error: {error}", file=sys.stderr)
+        status = 1
+    _leave_processes()
+    return status
+
+
+def _leave_processes() -> None:
+    """Part from the other processes in order: left to the interpreter's end, gloo aborts one of them now and then."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _train_help(everything: bool = False) -> None:

@@ -431,6 +431,14 @@ def test_yaml_file_with_flags_on_top(tmp_path):
         value_args, args = parse([*words, "--epochs", "2"])
         assert (value_args.norm, args.learning_rate, args.num_train_epochs) == ("l2", 3e-4, 2.0)
         assert args.output_dir == str(tmp_path / "o")
+    config.write_text(
+        "base: x\ndata: y\noutput: z\nlora-rank: 8\npacking: true\nresume: last\nlong_examples: drop\nlambda: 0.5\n"
+        "report_to: tensorboard\nbf16: false\nlr_scheduler_type: linear\nadam_beta2: 0.95\n"
+    )
+    value_args, args = parse(["--config", str(config), "--packing", "false"])
+    assert (value_args.lora_rank, value_args.long_examples, value_args.norm_weight) == (8, "drop", 0.5)
+    assert (args.packing, args.resume_from_checkpoint, args.bf16, args.adam_beta2) == (False, "last", False, 0.95)
+    assert args.report_to == ["tensorboard"]
     config.write_text("base: x\ndata: y\noutput: z\nlearning_rte: 1\n")
     with pytest.raises(ValueError, match="learning_rte"):
         parse(["--config", str(config)])
@@ -553,7 +561,7 @@ def test_answers_that_are_cut_off_are_counted_and_told(family, tmp_path, capsys)
     data = write_rows(tmp_path / "long.jsonl", rows)
     train(family, tmp_path / "out", f"--data={data}", "--max_length=16", "--max_steps=1")
     out = capsys.readouterr().out
-    assert "1 of 4 answers lie beyond --max_length 16 and were dropped, the first in line 4" in out
+    assert "--data: 1 of 4 examples are longer than --max_length 16, the first in line 4: 0 truncated, 1 dropped" in out
     assert "trainable parameters: " in out
 
 

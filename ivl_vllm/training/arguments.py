@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ivl_vllm.training.ivl_config import SCHEMES
+
 
 @dataclass
 class ValueArguments:
@@ -34,6 +36,20 @@ class ValueArguments:
             "base's vocabulary. Left out: the base itself."
         },
     )
+    init_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from scratch: a config.json, or the folder that holds one. Without a vocab_size it gets the "
+            "base's."
+        },
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Train a LoRA adapter of this rank on the value network instead of all its weights (needs PEFT); "
+            "saved merged, as an ordinary model. 0: off."
+        },
+    )
     zero_output_layer: bool = field(
         default=False,
         metadata={
@@ -47,6 +63,9 @@ class ValueArguments:
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Share of the lines of --data that is held out, where --eval_data is not given."}
     )
+    long_examples: Literal["truncate", "drop"] = field(
+        default="truncate", metadata={"help": "What happens to examples longer than --max_length; both are counted."}
+    )
     norm: Literal["l1", "l2", "none"] = field(
         default="l1",
         metadata={
@@ -56,6 +75,40 @@ class ValueArguments:
     )
     norm_weight: float = field(
         default=1.0, metadata={"help": "λ, the weight of the norm in the loss.", "aliases": ["--lambda"]}
+    )
+    scheme: Literal["residual", "cascade", "cascade+text"] = field(
+        default="residual",
+        metadata={
+            "help": "What the value network reads: the tokens (residual); what the base expects next, "
+            "softmax(B0(x)) times the value network's embeddings (cascade); or both, added (cascade+text)."
+        },
+    )
+    more_bases: list[str] | None = field(
+        default=None, metadata={"help": "Further frozen bases with the vocabulary of --base: folders or hub ids."}
+    )
+    base_mix: Literal["draw", "average"] = field(
+        default="draw",
+        metadata={"help": "With --more_bases: draw one base for each step, or average the logits of all."},
+    )
+    base_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the base's logits in training; evaluation takes them as they are."}
+    )
+    base_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Standard deviation of Gaussian noise on the base's logits in training, after --base_temperature."
+        },
+    )
+    cache_base: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the base's final hidden states at the answer tokens, so that the base runs once "
+            "per example and not once per epoch. Scheme residual and a single base only."
+        },
+    )
+    loss_chunk: int = field(
+        default=512,
+        metadata={"help": "Answer tokens whose logits exist at a time: less takes less memory, more is faster."},
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
@@ -69,8 +122,35 @@ class ValueArguments:
             raise ValueError(f"--save_dtype is {self.save_dtype!r}; expected auto, float32, bfloat16 or float16")
         if not math.isfinite(self.norm_weight) or self.norm_weight < 0:
             raise ValueError(f"--norm_weight is {self.norm_weight}; expected a finite number that is not negative")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"--scheme is {self.scheme!r}; expected {', '.join(SCHEMES)}")
+        if self.base_mix not in ("draw", "average"):
+            raise ValueError(f"--base_mix is {self.base_mix!r}; expected draw or average")
+        if not math.isfinite(self.base_temperature) or self.base_temperature <= 0:
+            raise ValueError(f"--base_temperature is {self.base_temperature}; expected a finite number above 0")
+        if not math.isfinite(self.base_noise) or self.base_noise < 0:
+            raise ValueError(f"--base_noise is {self.base_noise}; expected a finite number that is not negative")
+        if self.loss_chunk < 1:
+            raise ValueError(f"--loss_chunk is {self.loss_chunk}; expected at least 1")
+        if self.cache_base and self.scheme != "residual":
+            raise ValueError(
+                f"--cache_base keeps the base at answer tokens alone, and --scheme {self.scheme} reads it at every "
+                "token; leave one of them out"
+            )
+        if self.cache_base and self.more_bases:
+            raise ValueError("--cache_base keeps one base's hidden states; leave it or --more_bases out")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"--eval_fraction is {self.eval_fraction}; expected a share from 0 to below 1")
+        if self.long_examples not in ("truncate", "drop"):
+            raise ValueError(f"--long_examples is {self.long_examples!r}; expected truncate or drop")
+        if self.init and self.init_config:
+            raise ValueError("--init and --init_config were both given; keep one of them")
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora_rank is {self.lora_rank}; expected 0 (off) or a positive rank")
+        if self.lora_rank and self.init_config:
+            raise ValueError("--lora_rank needs a trained model under it: give --init in the place of --init_config")
+        if self.lora_rank and self.zero_output_layer:
+            raise ValueError("--lora_rank and --zero_output_layer: the zeroed output layer would never be trained")
         if self.eval_fraction and self.eval_data:
             raise ValueError("--eval_data and --eval_fraction were both given; keep one of them")
 
@@ -93,7 +173,7 @@ class CommonArguments:
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Examples per evaluation step and device."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
     max_length: int | None = field(
-        default=2048, metadata={"help": "Longest example in tokens; what is longer is cut at its end."}
+        default=2048, metadata={"help": "Longest example in tokens; --long_examples says what happens to longer ones."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
     warmup_steps: float = field(
@@ -113,6 +193,17 @@ class CommonArguments:
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of loss, ce, norm and lr."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put several short examples into one row without letting them see each other."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to go on from; `last` is the newest in --output.", "aliases": ["--resume"]},
+    )
+    report_to: str = field(
+        default="none", metadata={"help": "Also log to `tensorboard` (in --output/runs), or to another tracker."}
+    )
     chat_template_path: str | None = field(
         default=None, metadata={"help": "Chat template (a .jinja file or a tokenizer) in place of the base's own."}
     )

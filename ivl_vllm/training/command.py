@@ -8,15 +8,17 @@ from typing import Any
 
 import transformers
 import trl
-from datasets import Dataset
-from transformers import PreTrainedModel
 from trl import TrlParser
 
-from ivl_vllm.training import models
+from ivl_vllm.training import curves, models
 from ivl_vllm.training.arguments import ValueArguments
-from ivl_vllm.training.data import Example, read_examples, split_examples, to_dataset
+from ivl_vllm.training.data import read_examples, split_examples, to_dataset
+from ivl_vllm.training.frozen_bases import load_more_bases
 from ivl_vllm.training.ivl_config import IVLConfig
+from ivl_vllm.training.lora import add_lora
 from ivl_vllm.training.model_card import Card, serve_command
+from ivl_vllm.training.preparation import Limits, check_packing
+from ivl_vllm.training.saving import list_checkpoints
 from ivl_vllm.training.trainer import TrainerArguments, ValueTrainer
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
@@ -74,14 +76,16 @@ class TrainingRun:
     stored_dtype: Any
 
     def run(self) -> Path:
-        """Train, save, and return the folder."""
+        """Train, save, and return the folder.
+
+        Raises:
+            TrainingDivergedError: Loss or weights are not finite; what was saved before is kept.
+        """
         import torch
 
-        args = self.trainer.args
-        self.trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        self.trainer.train(resume_from_checkpoint=self.trainer.args.resume_from_checkpoint)
         dtype = self.stored_dtype if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
-        self.trainer.model.to(dtype)
-        self.trainer.save_model(str(self.output))
+        self.trainer.save_result(self.output, dtype)
         if self.trainer.is_world_process_zero():
             print(f"saved {self.output}\nserve: {serve_command('BASE', self.output.resolve())}", flush=True)
         return self.output
@@ -104,6 +108,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     flag = "--init" if value_args.init else "--base"
     init_name = models.locate_model(value_args.init or value_args.base, flag)
     output = _check_output(args.output_dir, (base_name, init_name))
+    args.resume_from_checkpoint = _check_checkpoint(output, args.resume_from_checkpoint)
     train, held_out = split_examples(read_examples(value_args.data), value_args.eval_fraction, args.seed)
     if value_args.eval_data:
         held_out = read_examples(value_args.eval_data)
@@ -111,6 +116,9 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
             raise ValueError("--data and --eval_data are of two kinds: one is plain text, the other messages")
     if held_out and args.eval_strategy == "no":
         args.eval_strategy = transformers.trainer_utils.IntervalStrategy.EPOCH
+
+    if (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
+        raise ValueError("--packing_strategy wrapped lets examples see each other; leave it at bfd")
 
     tokenizer = models.load_tokenizer(base_name, "--base")
     if init_name != base_name:
@@ -121,21 +129,29 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
             "--chat_template_path, or write the data as plain prompt and completion"
         )
     base = models.load_base(base_name)
-    value, stored_dtype = models.load_value(init_name, flag, value_args.zero_output_layer)
+    more_bases = load_more_bases(value_args.more_bases or (), tokenizer)
+    if value_args.init_config:
+        value, stored_dtype = models.build_value(value_args.init_config, base, args.seed, value_args.zero_output_layer)
+    else:
+        value, stored_dtype = models.load_value(init_name, flag, value_args.zero_output_layer)
+    vocab_size = value.config.get_text_config().vocab_size
+    if value_args.lora_rank:
+        value = add_lora(value, value_args.lora_rank, args.seed)
 
     config = IVLConfig(
         base=base_name,
-        scheme="residual",
+        scheme=value_args.scheme,
         norm=value_args.norm,
         norm_weight=value_args.norm_weight,
-        vocab_size=value.config.get_text_config().vocab_size,
+        vocab_size=vocab_size,
         vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
         versions=_versions(),
     )
     trained = sum(p.numel() for p in value.parameters() if p.requires_grad)
     card = Card(
         config=config,
-        init=init_name,
+        init=f"scratch, {value_args.init_config}" if value_args.init_config else init_name,
+        lora_rank=value_args.lora_rank,
         zero_output_layer=value_args.zero_output_layer,
         data=value_args.data,
         examples=len(train),
@@ -143,8 +159,9 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
         settings={
             "learning_rate": args.learning_rate,
             "epochs": args.num_train_epochs if args.max_steps < 0 else f"{args.max_steps} steps",
-            "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
+            **_base_settings(value_args),
         },
     )
     trainer = ValueTrainer(
@@ -152,23 +169,88 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
         base,
         norm=value_args.norm,
         norm_weight=value_args.norm_weight,
+        scheme=value_args.scheme,
+        more_bases=more_bases,
+        base_mix=value_args.base_mix,
+        base_temperature=value_args.base_temperature,
+        base_noise=value_args.base_noise,
+        cache_base=value_args.cache_base,
+        loss_chunk=value_args.loss_chunk,
         args=args,
         processing_class=tokenizer,
         train_dataset=to_dataset(train),
         eval_dataset=to_dataset(held_out) if held_out else None,
-        on_save=card.write,
+        limits=Limits(
+            max_length=args.max_length,
+            drop_long=value_args.long_examples == "drop",
+            keep_end=args.truncation_mode == "keep_end",
+            vocab_size=min(vocab_size, *(b.config.get_text_config().vocab_size for b in (base, *more_bases))),
+        ),
+        on_save=lambda folder, place: _describe(trainer, card, folder, place),
     )
-    _check_tokenised(trainer.train_dataset, train, "--data", args.max_length, (base, value))
-    if held_out:
-        _check_tokenised(trainer.eval_dataset, held_out, "held-out data", args.max_length, (base, value))
+    _check_sharding(trainer)
+    if args.packing or args.eval_packing:
+        for network in (trainer.base, *more_bases):
+            check_packing(network, trainer.data_collator, "--base")
+        check_packing(trainer.model, trainer.data_collator, flag)
     if trainer.is_world_process_zero():
         frozen = sum(p.numel() for p in base.parameters())
+        own = sum(p.numel() for p in value.parameters())
+        adapter = f" (LoRA of rank {value_args.lora_rank})" if value_args.lora_rank else ""
         print(
-            f"trainable parameters: {trained:,} of {trained + frozen:,} ({trained / (trained + frozen):.1%}); "
+            f"trainable parameters: {trained:,}{adapter} of the value network's {own:,} ({trained / own:.1%}); "
             f"the base's {frozen:,} are frozen",
             flush=True,
         )
     return TrainingRun(trainer, output, value_args.save_dtype, stored_dtype)
+
+
+def _base_settings(value_args: ValueArguments) -> dict[str, Any]:
+    """What was done to the bases, for the model card, as far as it is not the default."""
+    settings: dict[str, Any] = {}
+    if value_args.more_bases:
+        settings |= {"more_bases": ", ".join(value_args.more_bases), "base_mix": value_args.base_mix}
+    if value_args.base_temperature != 1:
+        settings["base_temperature"] = value_args.base_temperature
+    if value_args.base_noise:
+        settings["base_noise"] = value_args.base_noise
+    return settings
+
+
+def _describe(trainer: ValueTrainer, card: Card, folder: Path, place: Path) -> None:
+    """Write what lies beside the weights; the picture only beside the result, as drawing takes about a second."""
+    history = trainer.state.log_history
+    curves.write_log(folder, history)
+    if place == Path(trainer.args.output_dir):
+        curves.draw_curves(folder, history)
+    card.write(folder, place)
+
+
+def _check_sharding(trainer: ValueTrainer) -> None:
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            "--fsdp: nothing would be sharded; accelerate shards over several processes with a GPU each (torchrun "
+            "--nproc_per_node N) and ignores the flag elsewhere"
+        )
+
+
+def _check_checkpoint(output: Path, name: str | None) -> str | None:
+    """Find the checkpoint to go on from; refuse to mix a new run with an earlier one's checkpoints."""
+    found = list_checkpoints(output)
+    if name is None or name.lower() in ("", "false", "none"):
+        if found:
+            raise ValueError(
+                f"--output {output}: it holds checkpoints of an earlier run; go on from there with --resume last, "
+                "remove them, or choose another folder"
+            )
+        return None
+    if name.lower() in ("last", "true"):
+        if not found:
+            raise ValueError(f"--resume {name}: there is no checkpoint in {output}")
+        return str(found[-1])
+    if not (Path(name) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume {name}: no such checkpoint (a folder with trainer_state.json)")
+    return name
 
 
 def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
@@ -178,32 +260,6 @@ def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
     if str(output.resolve()) in inputs:
         raise ValueError(f"--output {name}: that is the folder of --base or --init, which would be overwritten")
     return output
-
-
-def _check_tokenised(
-    dataset: Dataset, examples: list[Example], flag: str, max_length: int | None, networks: tuple[PreTrainedModel, ...]
-) -> None:
-    """Refuse data without answer tokens or with ids beyond a network's vocabulary; tell what was dropped."""
-    if len(dataset) == 0:
-        raise ValueError(
-            f"{flag}: no answer tokens are left; each prompt alone fills --max_length {max_length}. Raise it"
-        )
-    if "line" in dataset.column_names and len(dataset) < len(examples):
-        lost = sorted({example["line"] for example in examples} - set(dataset["line"]))
-        where = f", the first in line {lost[0]}" if lost else ""
-        print(
-            f"{flag}: {len(examples) - len(dataset)} of {len(examples)} answers lie beyond "
-            f"--max_length {max_length} and were dropped{where}",
-            flush=True,
-        )
-    width = min(network.config.get_text_config().vocab_size for network in networks)
-    for row in dataset:
-        if max(row["input_ids"]) >= width:
-            line = f" (line {row['line']})" if "line" in row else ""
-            raise ValueError(
-                f"{flag}: token id {max(row['input_ids'])}{line} is beyond a network's vocabulary of {width}; "
-                "the tokenizer does not belong to it"
-            )
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ivl_vllm.training.curves import PNG_NAME, last_values, read_log
 from ivl_vllm.training.ivl_config import IVLConfig
 from ivl_vllm.training.model_card import serve_command
 
@@ -22,7 +23,8 @@ def describe(folder: str | Path) -> str:
         Text with one `name  value` pair a line, and the command that serves it.
 
     Raises:
-        ValueError: No such folder, or one that holds no causal LM, no safetensors, or a broken `ivl_config.json`.
+        ValueError: No such folder, or one that holds no causal LM, no safetensors, or a broken
+            `ivl_config.json` or `training_log.json`.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -47,6 +49,9 @@ def describe(folder: str | Path) -> str:
         if config.vocab_size != vocab_size:
             rows["vocabulary"] += f"; ivl_config.json says {config.vocab_size:,}: MISMATCH"
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+    rows.update(last_values(read_log(path)))
+    if (path / PNG_NAME).is_file():
+        rows["curves"] = str((path / PNG_NAME).resolve())
     rows["serve"] = serve_command("BASE", path.resolve())
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

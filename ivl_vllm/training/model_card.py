@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ivl_vllm.training.curves import PNG_NAME, last_values, read_log
 from ivl_vllm.training.ivl_config import IVLConfig
 
 
@@ -21,6 +22,7 @@ class Card:
         config: Provenance of the value network.
         init: What it started from.
         zero_output_layer: Whether its output layer started at zero.
+        lora_rank: Rank of the adapter that was trained and merged; 0 for none.
         data: File of demonstrations.
         examples: Answers that were trained.
         parameters: Trained parameters.
@@ -34,27 +36,33 @@ class Card:
     examples: int
     parameters: int
     settings: dict[str, object]
+    lora_rank: int = 0
 
-    def render(self, folder: Path) -> str:
+    def render(self, folder: Path, place: Path | None = None) -> str:
         """Markdown with the metadata block that the Hugging Face Hub reads.
 
         Args:
-            folder: Where the value network lies; its name is the title.
+            folder: Where the files lie now; the curves there are linked and their last values told.
+            place: Where they will lie, whose name is the title; left out, the same.
         """
         config = self.config
+        place = (folder if place is None else place).resolve()
         # The hub wants a hub id there; a local path would make it refuse the upload.
         base_line = [] if Path(config.base).is_absolute() else [f"base_model: {config.base}"]
         start = f"`{self.init}`" + (", output layer zeroed" if self.zero_output_layer else "")
+        if self.lora_rank:
+            start += f", trained through a LoRA adapter of rank {self.lora_rank}, merged"
         norm = "none" if config.norm == "none" else f"{config.norm}, λ = {config.norm_weight:g}"
         rows = {
             "Base it was trained against": f"`{config.base}`",
-            "Scheme": f"{config.scheme}: z = B0(x) + V(x)",
+            "Scheme": f"{config.scheme}: z = B0(x) + {'V(x)' if config.scheme == 'residual' else 'V(e)'}",
             "Norm": norm,
             "Started from": start,
             "Trained parameters": f"{self.parameters:,}",
             "Demonstrations": f"`{self.data}`, {self.examples:,} answers",
             "Vocabulary": f"{config.vocab_size:,} columns, fingerprint `{config.vocabulary_fingerprint[:16]}…`",
             **{name.replace("_", " ").capitalize(): f"{value}" for name, value in self.settings.items()},
+            **{f"Last values, {label}": text for label, text in last_values(read_log(folder)).items()},
             "Versions": ", ".join(f"{name} {version}" for name, version in config.versions.items()),
         }
         lines = [
@@ -66,7 +74,7 @@ class Card:
             "- inverse-value-learning",
             "---",
             "",
-            f"# {folder.resolve().name}",
+            f"# {place.name}",
             "",
             "A *value network* of Inverse Value Learning (arXiv 2410.21027): its logits are added to those of a base",
             "model of the same vocabulary, which may be larger than the one it was trained against. Alone it is no",
@@ -76,12 +84,13 @@ class Card:
             "|---|---|",
             *(f"| {name} | {value} |" for name, value in rows.items()),
             "",
+            *([f"![loss, ce and norm over the steps]({PNG_NAME})", ""] if (folder / PNG_NAME).is_file() else []),
             "## Serve it",
             "",
             "With `ivl-vllm` installed; `BASE` is the base above or a larger one of its family:",
             "",
             "```bash",
-            serve_command("BASE", folder.resolve()),
+            serve_command("BASE", place),
             "```",
             "",
             'Requests then ask for it: `{"vllm_xargs": {"ivl": 1.0}}` over HTTP, or offline',
@@ -90,7 +99,7 @@ class Card:
         ]
         return "\n".join(lines)
 
-    def write(self, folder: Path) -> None:
-        """Write `README.md` and `ivl_config.json` into an existing folder."""
-        (folder / "README.md").write_text(self.render(folder), encoding="utf-8")
+    def write(self, folder: Path, place: Path | None = None) -> None:
+        """Write `README.md` and `ivl_config.json` into an existing folder that will become `place`."""
+        (folder / "README.md").write_text(self.render(folder, place), encoding="utf-8")
         self.config.write(folder)

@@ -1,11 +1,19 @@
 """Loading the frozen base, the value network and their tokenizer, with every mismatch told before training starts."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
@@ -106,10 +114,55 @@ def load_value(name: str, flag: str, zero_output_layer: bool = False) -> tuple[P
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     model = _load(AutoModelForCausalLM, name, flag, config=config, dtype=torch.float32)
     if zero_output_layer:
-        layer = model.get_output_embeddings()
-        if layer is None:
-            raise ValueError(f"{flag} {name}: no output layer was found to zero")
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.zero_()
+        _zero_output_layer(model, f"{flag} {name}")
     return model.requires_grad_(True), stored
+
+
+def build_value(
+    path: str, base: PreTrainedModel, seed: int, zero_output_layer: bool = False
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """A value network from scratch, in fp32, and the dtype that it is saved in.
+
+    Args:
+        path: A `config.json`, or the folder that holds one. Where it gives no `vocab_size`, it gets the base's.
+        base: The frozen base.
+        seed: Seed of the weights.
+        zero_output_layer: As in `load_value`.
+
+    Raises:
+        ValueError: No such file, no causal LM's config, or a value in it that its class refuses.
+    """
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--init_config {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"--init_config {path}: no JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise ValueError(f"--init_config {path}: no model_type, so this is no model's config.json")
+    if "text_config" not in content:
+        content.setdefault("vocab_size", base.config.get_text_config().vocab_size)
+    if zero_output_layer:
+        content["tie_word_embeddings"] = False
+    try:
+        config = AutoConfig.for_model(**content)
+        set_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"--init_config {path}: no causal LM can be built from it: {reason}") from error
+    if zero_output_layer:
+        _zero_output_layer(model, f"--init_config {path}")
+    stored = content.get("dtype", content.get("torch_dtype")) or "float32"
+    return model, getattr(torch, str(stored), torch.float32)
+
+
+def _zero_output_layer(model: PreTrainedModel, where: str) -> None:
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ValueError(f"{where}: no output layer was found to zero")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()

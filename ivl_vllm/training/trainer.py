@@ -1,7 +1,7 @@
 """The trainer: TRL's `SFTTrainer` with the loss of `objective` and a frozen base beside the model."""
 
-import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from ivl_vllm.training.arguments import CommonArguments
-from ivl_vllm.training.objective import answer_positions, residual_terms
+from ivl_vllm.training.base_cache import BaseCache, FlushCache
+from ivl_vllm.training.frozen_bases import FrozenBases
+from ivl_vllm.training.joint_loss import JointLoss
+from ivl_vllm.training.objective import CHUNK
+from ivl_vllm.training.preparation import Limits, Preparation
 from ivl_vllm.training.progress import use_progress_lines
+from ivl_vllm.training.saving import SafeSaving
 
 
 @dataclass
@@ -27,10 +32,12 @@ class TrainerArguments(CommonArguments, SFTConfig):
         if self.bf16 is None:
             self.bf16 = has_gpu and torch.cuda.is_bf16_supported() and not self.fp16
         self.dataloader_pin_memory = self.dataloader_pin_memory and has_gpu
+        # It would log a plausible number in the place of NaN, and waits for the device at each step to do so.
+        self.logging_nan_inf_filter = False
         super().__post_init__()
 
 
-class ValueTrainer(SFTTrainer):
+class ValueTrainer(SafeSaving, Preparation):
     """Trains a value network `V` so that `softmax(B0 + V)` fits demonstrations, `B0` frozen.
 
     Args:
@@ -38,11 +45,20 @@ class ValueTrainer(SFTTrainer):
         base: The frozen base; set to eval mode, without gradients, and never changed.
         norm: Norm of the regulariser, see `objective.value_norm`.
         norm_weight: Its weight λ.
+        scheme: What the value network reads, see `schemes`.
+        more_bases: Further frozen bases of the same vocabulary.
+        base_mix: `draw` or `average`, see `frozen_bases.FrozenBases`.
+        base_temperature: Divides the bases' logits in training.
+        base_noise: Standard deviation of Gaussian noise on the bases' logits in training.
+        cache_base: Folder for the base's hidden states, see `base_cache`.
+        loss_chunk: Positions whose logits exist at a time.
         args: Settings of the run.
         processing_class: The tokenizer that both share.
         train_dataset: Prompt/completion examples, or tokenised `input_ids` and `labels`.
         eval_dataset: Held-out examples of the same kind.
-        on_save: Called with each folder that was written (checkpoints too), for what belongs beside the weights.
+        on_save: Called with each folder that is written (checkpoints too) and the folder that it becomes, for what
+            belongs beside the weights.
+        limits: What every example must keep to; left out, TRL truncates at `args.max_length`.
     """
 
     _tag_names = ("ivl",)
@@ -55,13 +71,22 @@ class ValueTrainer(SFTTrainer):
         *,
         norm: str,
         norm_weight: float,
+        scheme: str = "residual",
+        more_bases: Sequence[PreTrainedModel] = (),
+        base_mix: str = "draw",
+        base_temperature: float = 1.0,
+        base_noise: float = 0.0,
+        cache_base: str | Path | None = None,
+        loss_chunk: int = CHUNK,
         args: SFTConfig,
         processing_class: PreTrainedTokenizerBase,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
-        on_save: Callable[[Path], None] | None = None,
+        on_save: Callable[[Path, Path], None] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.norm, self.norm_weight, self._on_save = norm, norm_weight, on_save
+        self._limits = limits
         # Sums since the last log, on the device: the step itself never waits for it.
         self._sums: dict[str, torch.Tensor] = {}
         super().__init__(
@@ -73,7 +98,27 @@ class ValueTrainer(SFTTrainer):
         )
         use_progress_lines(self)
         # Not a submodule of the trained model: neither the optimizer, nor a checkpoint, nor `model.train()` reach it.
-        self.base = base.requires_grad_(False).eval().to(self.args.device)
+        self.base = base.to(self.args.device)
+        everyone = [self.base, *(other.to(self.args.device) for other in more_bases)]
+        bases = FrozenBases(everyone, base_mix, base_temperature, base_noise, self.args.seed)
+        cache = None
+        if cache_base is not None:
+            products = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "auto"
+            cache = BaseCache(cache_base, bases, products)
+            self.add_callback(FlushCache(cache))
+        self.joint_loss = JointLoss(
+            self.model,
+            bases,
+            scheme=scheme,
+            norm=norm,
+            norm_weight=norm_weight,
+            chunk=loss_chunk,
+            cache=cache,
+            compiled=self.args.torch_compile,
+        )
+        if self.is_world_process_zero():
+            for note in self.joint_loss.notes():
+                print(note, flush=True)
 
     def compute_loss(
         self,
@@ -95,24 +140,16 @@ class ValueTrainer(SFTTrainer):
         """
         if return_outputs:
             raise NotImplementedError("ValueTrainer returns no logits; evaluate with its logged eval_ce instead")
-        columns, mask = answer_positions(inputs["labels"])
-        network_inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        with torch.no_grad():
-            base_logits = answer_logits(self.base, self.base, network_inputs, columns)[mask]
-        value_logits = answer_logits(model, self.model, network_inputs, columns)[mask]
-        labels = inputs["labels"][:, 1:][:, columns][mask]
-        ce, norm, joined = residual_terms(base_logits, value_logits, labels, self.norm)
-
-        count = labels.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = (ce + self.norm_weight * norm).sum() / torch.as_tensor(count).clamp(min=1)
+        sums, answers = self.joint_loss(model, inputs, self.state.global_step)
+        count = answers if num_items_in_batch is None else num_items_in_batch
+        loss = sums.total / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is of all devices, and their gradients are averaged.
             loss = loss * self.accelerator.num_processes
         with torch.no_grad():
-            correct = (joined.argmax(-1) == labels).sum()
-            sums = torch.stack([ce.sum(), norm.sum(), correct, ce.new_tensor(labels.numel())])
+            logged = torch.stack([sums.ce, sums.norm, sums.correct, sums.ce.new_tensor(answers)])
             mode = "train" if self.model.training else "eval"
-            self._sums[mode] = self._sums.get(mode, 0) + sums
+            self._sums[mode] = self._sums.get(mode, 0) + logged
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -127,33 +164,15 @@ class ValueTrainer(SFTTrainer):
                 # transformers averages over batches, whatever their number of answer tokens.
                 logs["eval_loss"] = ce + self.norm_weight * norm
         super().log(logs, start_time)
+        # The same on every process, since all of these are means over all of them.
+        broken = [
+            name for name in (f"{prefix}loss", f"{prefix}ce", f"{prefix}norm") if not math.isfinite(logs.get(name, 0))
+        ]
+        if broken:
+            self.stop_diverged(f"{broken[0]} is {logs[broken[0]]}")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card tells of plain fine-tuning; `on_save` writes the one that fits."""
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        # A pickle that nothing reads back.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        if self.args.should_save and self._on_save is not None:
-            self._on_save(folder)
-
-
-def answer_logits(
-    model: torch.nn.Module, plain: PreTrainedModel, inputs: dict[str, torch.Tensor], columns: torch.Tensor
-) -> torch.Tensor:
-    """Logits at some positions of every row.
-
-    Args:
-        model: Network to call.
-        plain: The same network without wrappers, whose signature tells whether it can leave out positions.
-        inputs: Its inputs, [B, T].
-        columns: [C] int64, the positions that are wanted.
-
-    Returns:
-        [B, C, vocab].
-    """
-    if "logits_to_keep" in inspect.signature(plain.forward).parameters:
-        return model(**inputs, use_cache=False, logits_to_keep=columns).logits
-    return model(**inputs, use_cache=False).logits[:, columns]
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere."""

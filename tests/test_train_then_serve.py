@@ -1,0 +1,51 @@
+"""From demonstrations to served answers: `ivl train` writes the folder, vLLM serves it, the reference agrees."""
+
+import json
+
+import pytest
+import torch
+from parity import Reference, assert_parity, engine, random_requests, run
+
+import ivl_vllm
+from ivl_vllm.cli import main
+
+
+def losses(model, rows, tokenizer):
+    """Mean cross-entropy of the completions, by a plain forward of `model(ids)`."""
+    total, count = 0.0, 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        ids = prompt + answer
+        logits = model(ids)[len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        count += len(answer)
+    return total / count
+
+
+@pytest.mark.parametrize("scheme", ["residual", "cascade+text"])
+def test_a_trained_value_network_is_served_as_it_was_trained(models, tmp_path, scheme):
+    from transformers import AutoTokenizer
+
+    names = ["fox", "dog", "world", "quick", "brown", "lazy", "user", "system"]
+    rows = [{"prompt": f"say {a} {b}", "completion": f" {b} {a}"} for a in names for b in names if a != b]
+    held_out, rows = rows[::7], [row for i, row in enumerate(rows) if i % 7]
+    data = tmp_path / "demonstrations.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--base", str(models["base"]), "--init", str(models["anti"]), "--data", str(data), "--scheme", scheme]
+    output = tmp_path / "value"
+    flags += ["--output", str(output), "--lr", "2e-3", "--epochs", "12", "--batch_size", "16", "--lambda", "0.01"]
+    assert main(["train", *flags]) == 0
+
+    reference = Reference(models["base"], {"default": scheme}, default=output)
+    tokenizer = AutoTokenizer.from_pretrained(models["base"])
+    before = losses(lambda ids: reference.logits(ids, {}), held_out, tokenizer)
+    after = losses(lambda ids: reference.logits(ids, {"default": 1.0}), held_out, tokenizer)
+    assert after < 0.7 * before
+
+    requests = random_requests(20, seed=67, last_arrival=5)
+    for request, row in zip(requests, held_out):
+        request.prompt = tokenizer(row["prompt"])["input_ids"]
+    with engine(models["base"], **ivl_vllm.engine_args(value_model=str(output))) as llm:
+        outputs = run(llm, requests)
+    assert_parity(reference, requests, outputs)

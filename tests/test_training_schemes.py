@@ -1,0 +1,160 @@
+"""`ivl train` with schemes, several bases, temperature, noise and a cache of the base: flags in, folders out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import flags, make_model, make_tokenizer, next_letter_rows, train, write_rows
+from test_training_runs import ENVIRONMENT, SHARDED, TWO, assert_close_weights, run_process, weights
+
+from ivl_vllm.training.ivl_config import IVLConfig
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "training.py"
+SGD = ("--optim=sgd", "--max_grad_norm=0", "--lr=0.05", "--max_steps=4")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    root = tmp_path_factory.mktemp("schemes")
+    tokenizer = make_tokenizer()
+    make_model(root / "base", tokenizer, hidden=48, seed=1)
+    make_model(root / "other", tokenizer, hidden=32, seed=4, extra_rows=3, tied=False)
+    make_model(root / "small", tokenizer, hidden=32, seed=2)
+    write_rows(root / "train.jsonl", next_letter_rows(48, 0))
+    return root
+
+
+def losses(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("scheme", ["cascade", "cascade+text"])
+def test_cascades_learn_and_are_recorded(family, tmp_path, scheme):
+    output = tmp_path / "value"
+    trainer = train(family, output, f"--scheme={scheme}", "--max_steps=40", "--norm_weight=0.1", "--loss_chunk=5")
+    assert IVLConfig.read(output).scheme == scheme
+    assert scheme in (output / "README.md").read_text()
+    found = losses(trainer)
+    assert found[-1] < 0.8 * found[0]
+    assert trainer.joint_loss.reads_base
+
+
+def test_the_size_of_a_chunk_changes_nothing(family, tmp_path):
+    one = train(family, tmp_path / "one", *SGD, "--loss_chunk=1").model
+    many = train(family, tmp_path / "many", *SGD).model
+    for left, right in zip(one.parameters(), many.parameters()):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_training_has_the_same_losses(family, tmp_path):
+    common = (*SGD, "--logging_steps=1", "--scheme=cascade+text")
+    plain = train(family, tmp_path / "plain", *common)
+    compiled = train(family, tmp_path / "c", *common, "--torch_compile=true", "--torch_compile_backend=aot_eager")
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_an_adapter_learns_through_a_frozen_head_and_frozen_embeddings(family, tmp_path):
+    pytest.importorskip("peft")
+    trainer = train(family, tmp_path / "v", "--scheme=cascade", "--lora_rank=4", "--norm_weight=0", "--lr=0.02")
+    assert trainer.joint_loss.notes() == []
+    found = losses(trainer)
+    assert found[-1] < 0.9 * found[0]
+
+
+def test_several_bases_reach_the_loss_and_the_card(family, tmp_path):
+    runs = {}
+    for name, more in {
+        "one": (),
+        "draw": (f"--more_bases={family / 'other'}",),
+        "average": (f"--more_bases={family / 'other'}", "--base_mix=average"),
+        "temperature": ("--base_temperature=3",),
+        "noise": ("--base_noise=0.5",),
+        "noise again": ("--base_noise=0.5",),
+    }.items():
+        runs[name] = losses(train(family, tmp_path / name, *SGD, "--logging_steps=1", *more))
+    assert runs.pop("noise again") == runs["noise"]
+    assert len({tuple(found) for found in runs.values()}) == len(runs)
+    card = (tmp_path / "average" / "README.md").read_text()
+    assert str(family / "other") in card
+    assert "average" in card
+
+
+def test_cached_epochs_have_the_losses_of_uncached_ones(family, tmp_path, monkeypatch):
+    common = (*SGD, "--max_steps=-1", "--epochs=3", "--logging_steps=1", "--eval_fraction=0.25")
+    plain = train(family, tmp_path / "plain", *common)
+    cached = train(family, tmp_path / "cached", *common, f"--cache_base={tmp_path / 'cache'}")
+    for name in ("loss", "ce", "norm", "eval_loss"):
+        assert losses(cached, name) == pytest.approx(losses(plain, name), rel=1e-5)
+    cache = cached.joint_loss.cache
+    # 36 examples train for three epochs, 12 are evaluated after each: the base saw each of the 48 in one pass at most.
+    assert 0 < cache.computed <= 48 < cache.read
+    assert list((tmp_path / "cache").glob("*.safetensors"))
+    again = train(family, tmp_path / "again", *common, f"--cache_base={tmp_path / 'cache'}")
+    assert again.joint_loss.cache.computed == 0
+    assert losses(again) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_cache_works_on_packed_rows(family, tmp_path):
+    common = (*SGD, "--max_steps=-1", "--epochs=2", "--logging_steps=1", "--max_length=32", "--packing")
+    plain = train(family, tmp_path / "plain", *common)
+    cached = train(family, tmp_path / "cached", *common, f"--cache_base={tmp_path / 'cache'}")
+    assert losses(cached) == pytest.approx(losses(plain), rel=1e-5)
+    assert cached.joint_loss.cache.read > 0
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_train_a_cascade_as_one_does(family, tmp_path, how):
+    common = (*SGD, "--scheme=cascade+text", "--loss_chunk=7", f"--more_bases={family / 'other'}")
+    train(family, tmp_path / "one", *common, "--batch_size=16")
+    start, more = (SHARDED, ["--fsdp=full_shard"]) if how == "fsdp" else ((*TWO, "-m", "ivl_vllm.cli"), [])
+    done = run_process(family, tmp_path / "two", *common, "--batch_size=8", "--use_cpu=true", *more, start=start)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--scheme=cascading", "cascading"),
+        ("--base_mix=sum", "sum"),
+        ("--base_temperature=0", "--base_temperature is 0.0"),
+        ("--base_temperature=inf", "--base_temperature is inf"),
+        ("--base_noise=-1", "--base_noise is -1.0"),
+        ("--loss_chunk=0", "--loss_chunk is 0"),
+        ("--more_bases=./nowhere", "--more_bases ./nowhere: no such folder"),
+        ("--cache_base=x --scheme=cascade", "--cache_base keeps the base at answer tokens alone"),
+        ("--cache_base=x --more_bases=y", "leave it or --more_bases out"),
+    ],
+)
+def test_bad_settings_are_told(family, tmp_path, capsys, flag, message):
+    from ivl_vllm import cli
+
+    assert cli.main(["train", *flags(family, tmp_path / "never", *flag.split())]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_vocabulary_among_the_bases_is_told(family, tmp_path, capsys):
+    from ivl_vllm import cli
+
+    strange = make_model(tmp_path / "strange", make_tokenizer(words=["a", "b"]))
+    assert cli.main(["train", *flags(family, tmp_path / "never", f"--more_bases={strange}")]) == 2
+    assert "its vocabulary is not that of --base" in capsys.readouterr().err
+
+
+def test_the_benchmark_checks_then_measures_memory_and_speed(tmp_path):
+    report = tmp_path / "training.json"
+    command = [sys.executable, str(BENCHMARK), "--cpu", "--quick", "--rounds", "1", "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("not yet measured") == 2
+    found = json.loads(report.read_text())
+    assert found["environment"]["torch"] == torch.__version__
+    assert max(found["relative_difference_to_naive"].values()) < 1e-4
+    assert found["speed"]["tokens_per_second"] > 0
+    # Linear in the chunk, and a small part of whole logits.
+    sizes = [entry["ratio"] for entry in found["memory"]]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 0.1
