@@ -98,7 +98,8 @@ def _resolve(args: EngineArgs) -> dict[str, Any]:
     if not any(map(_is_ours, processors)):
         if ALIAS in additional:
             raise ValueError(
-                f'ivl: additional_config["ivl"] is {additional[ALIAS]!r} but the logits processor is off: '
+                f'ivl: additional_config["ivl"] is {additional[ALIAS]!r} but the logits processor is off '
+                f"(logits_processors={args.logits_processors!r}): "
                 'add --logits-processor ivl (offline: logits_processors=["ivl"]) or remove the settings'
             )
         return {}

@@ -16,7 +16,8 @@ from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-logger = init_logger(__name__)
+# vLLM shows what is logged under its own name and nothing else.
+logger = init_logger(f"vllm.{__name__}")
 
 # Drafters that read nothing from the target model, whose hidden states are joined with the value networks'.
 INDEPENDENT_DRAFTERS = ("draft_model", "ngram")

@@ -16,7 +16,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from ivl_vllm.serving.cascade import ExpectedEmbedding
 
-logger = init_logger(__name__)
+# vLLM shows what is logged under its own name and nothing else.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class StableInput:

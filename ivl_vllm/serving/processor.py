@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-logger = init_logger(__name__)
+# vLLM shows what is logged under its own name and nothing else.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
