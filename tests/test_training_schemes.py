@@ -57,7 +57,6 @@ def test_compiled_training_has_the_same_losses(family, tmp_path):
 
 
 def test_an_adapter_learns_through_a_frozen_head_and_frozen_embeddings(family, tmp_path):
-    pytest.importorskip("peft")
     trainer = train(family, tmp_path / "v", "--scheme=cascade", "--lora_rank=4", "--norm_weight=0", "--lr=0.02")
     assert trainer.joint_loss.notes() == []
     found = losses(trainer)
