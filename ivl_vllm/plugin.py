@@ -1,9 +1,10 @@
 """The hook through which vLLM finds `ivl`: entry point `ivl` of the group `vllm.general_plugins`.
 
-vLLM calls `register` in every process. It registers the model loader `ivl` and wraps two methods:
+vLLM calls `register` in every process. It registers the model loader `ivl` and wraps three methods:
 `EngineArgs.create_engine_config`, so that engine arguments that name the processor `ivl` become a configuration that
-vLLM understands, and `SamplingParams.from_optional`, so that a streamed HTTP request is checked before its answer
-begins. Engines that do not name `ivl` are left as they are.
+vLLM understands; `SamplingParams.from_optional`, so that a streamed HTTP request is checked before its answer begins;
+`EngineCore.preprocess_add_request`, so that requests which use different value networks share no cached prefix.
+Engines that do not name `ivl` are left as they are.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ def register() -> None:
     create_engine_config.ivl = True
     EngineArgs.create_engine_config = create_engine_config
     _check_requests_early()
+    from ivl_vllm.serving.steps import salt_requests
+
+    salt_requests()
 
 
 def _check_requests_early() -> None:

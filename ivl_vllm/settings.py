@@ -5,27 +5,44 @@ This module imports nothing but the standard library: the vLLM frontend reads it
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 _VALUE_FIELDS = ("model", "minus", "vocab_map")
-_FIELDS = ("value_model", "values", "default_weight", "max_weight")
+_FIELDS = ("value_model", "values", "default_weight", "max_weight", "skip_unsteered")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
+class NetworkSource(NamedTuple):
+    """What one value network is loaded from: folder or hub id, and the map file where its vocabulary is another."""
+
+    model: str
+    vocab_map: str | None = None
+
+
 @dataclass(frozen=True)
 class Value:
-    """One named value: the logits of `model`, or of `model` minus those of `minus` (expert - anti-expert)."""
+    """One named value: the logits of `model`, or of `model` minus those of `minus` (expert - anti-expert).
+
+    Both have one vocabulary, which `vocab_map` ties to the base's where it is another.
+    """
 
     model: str
     minus: str | None = None
     vocab_map: str | None = None
+
+    @property
+    def signed_networks(self) -> tuple[tuple[NetworkSource, float], ...]:
+        """The networks whose logits are added up, each with its sign."""
+        expert = (NetworkSource(self.model, self.vocab_map), 1.0)
+        return (expert,) if self.minus is None else (expert, (NetworkSource(self.minus, self.vocab_map), -1.0))
 
 
 @dataclass(frozen=True)
@@ -36,17 +53,19 @@ class Settings:
         values: name -> value; the first one is what a plain number in a request means.
         default_weight: weight of the first value in a request that says nothing.
         max_weight: largest absolute weight that a request may ask for.
+        skip_unsteered: a value network that no scheduled request uses sits out the step. Requests that use different
+            networks then share no blocks of the prefix cache.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
     default_weight: float = 0.0
     max_weight: float = 10.0
+    skip_unsteered: bool = True
 
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """The distinct models behind all values, in the order in which they are loaded and numbered."""
-        models = [m for value in self.values.values() for m in (value.model, value.minus) if m is not None]
-        return tuple(dict.fromkeys(models))
+    @functools.cached_property
+    def networks(self) -> tuple[NetworkSource, ...]:
+        """The distinct networks behind all values, in the order in which they are loaded and numbered."""
+        return tuple(dict.fromkeys(source for value in self.values.values() for source, _ in value.signed_networks))
 
     def network_weights(self, weights: Mapping[str, float]) -> list[float]:
         """The weight of every network's logits, from the weights of the named values.
@@ -55,11 +74,14 @@ class Settings:
         """
         by_network = dict.fromkeys(self.networks, 0.0)
         for name, weight in weights.items():
-            value = self.values[name]
-            by_network[value.model] += weight
-            if value.minus is not None:
-                by_network[value.minus] -= weight
+            for source, sign in self.values[name].signed_networks:
+                by_network[source] += sign * weight
         return list(by_network.values())
+
+    def networks_of(self, names: Iterable[str]) -> frozenset[int]:
+        """The numbers of the networks behind the named values."""
+        used = {source for name in names for source, _ in self.values[name].signed_networks}
+        return frozenset(number for number, source in enumerate(self.networks) if source in used)
 
     def request_weights(self, extra_args: Mapping[str, Any] | None) -> dict[str, float]:
         """The weights that a request asks for, by name of the value; only those that are not zero.
@@ -182,7 +204,10 @@ def parse_settings(config: Mapping[str, Any] | None, environ: Mapping[str, str] 
         raise ValueError(
             f"ivl: default_weight is {default_weight:g}, beyond max_weight={max_weight:g}: lower it or raise max_weight"
         )
-    return Settings(parsed, default_weight, max_weight)
+    skip_unsteered = config.get("skip_unsteered", Settings.skip_unsteered)
+    if not isinstance(skip_unsteered, bool):
+        raise ValueError(f"ivl: skip_unsteered is {skip_unsteered!r}: use true or false")
+    return Settings(parsed, default_weight, max_weight, skip_unsteered)
 
 
 def _default_weight(config: Mapping[str, Any], environ: Mapping[str, str]) -> float:
@@ -224,12 +249,13 @@ def _parse_value(name: Any, spec: Any, where: str) -> Value:
             raise ValueError(
                 f"ivl: {shown} is {path!r}: there is no such folder; give a folder with config.json or a hub id"
             )
-    if spec.get("vocab_map") is not None:
+    vocab_map = spec.get("vocab_map")
+    if vocab_map is not None and not os.path.isfile(vocab_map):
         raise ValueError(
-            f"ivl: vocab_map of {setting} is {spec['vocab_map']!r}: mapped vocabularies are not served yet; "
-            "use a value network with the base's vocabulary and leave vocab_map out"
+            f"ivl: vocab_map of {setting} is {vocab_map!r}: there is no such file; "
+            "make one with: ivl map-vocab --base BASE --value VALUE --output FILE"
         )
-    return Value(spec["model"], spec.get("minus"), spec.get("vocab_map"))
+    return Value(spec["model"], spec.get("minus"), vocab_map)
 
 
 def engine_args(
@@ -238,6 +264,7 @@ def engine_args(
     values: Mapping[str, Mapping[str, Any]] | None = None,
     default_weight: float | None = None,
     max_weight: float | None = None,
+    skip_unsteered: bool | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` (or `EngineArgs`) that put value networks beside the base model.
 
@@ -245,14 +272,21 @@ def engine_args(
 
     Args:
         value_model: folder or hub id of one value network.
-        values: name -> `{"model": ..., "minus": ...}`, instead of `value_model`.
+        values: name -> `{"model": ..., "minus": ..., "vocab_map": ...}`, instead of `value_model`.
         default_weight: weight of a request that says nothing; 0.0 unless given.
         max_weight: largest accepted absolute weight; 10.0 unless given.
+        skip_unsteered: whether value networks sit out the steps in which no request uses them; True unless given.
 
     Raises:
         ValueError: names the field, the value that was given and the fix.
     """
-    given = {"value_model": value_model, "values": values, "default_weight": default_weight, "max_weight": max_weight}
+    given = {
+        "value_model": value_model,
+        "values": values,
+        "default_weight": default_weight,
+        "max_weight": max_weight,
+        "skip_unsteered": skip_unsteered,
+    }
     config = {name: value for name, value in given.items() if value is not None}
     parse_settings(config)
     return {"logits_processors": ["ivl"], "additional_config": {"ivl": config}}

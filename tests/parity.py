@@ -41,11 +41,19 @@ class Reference:
     Args:
         base: folder of the base model.
         schemes: name -> scheme of its model, where that is not residual.
+        maps: name -> vocabulary map of its models, where they have another vocabulary.
         values: name -> folder, or name -> (model, minus).
     """
 
-    def __init__(self, base: Path, schemes: dict[str, str] | None = None, **values: Path | tuple[Path, Path]):
+    def __init__(
+        self,
+        base: Path,
+        schemes: dict[str, str] | None = None,
+        maps: dict[str, Any] | None = None,
+        **values: Path | tuple[Path, Path],
+    ):
         self.schemes = schemes or {}
+        self.maps = maps or {}
 
         def load(folder: Path) -> torch.nn.Module:
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -64,11 +72,27 @@ class Reference:
         joined = base.clone()
         for name, weight in weights.items():
             for model, sign in self.values[name]:
+                if name in self.maps:
+                    joined += weight * sign * self._mapped(model, ids, self.maps[name], joined.shape[1])
+                    continue
                 known = model.config.vocab_size
                 columns = min(known, joined.shape[1])
                 value = self._value_logits(model, inputs.clamp(max=known - 1), base, self.schemes.get(name, "residual"))
                 joined[:, :columns] += weight * sign * value[:, :columns]
         return joined
+
+    @staticmethod
+    def _mapped(model: torch.nn.Module, ids: Sequence[int], vocab_map: Any, columns: int) -> torch.Tensor:
+        """Value logits on the base's columns, of a model that reads each token as the mean of its pieces."""
+        embedding = model.get_input_embeddings()
+        starts = vocab_map.piece_starts.tolist()
+        pieces = [torch.from_numpy(vocab_map.pieces[starts[i] : starts[i + 1]]).long() for i in ids]
+        value = model(inputs_embeds=torch.stack([embedding(p).mean(0) for p in pieces])[None]).logits[0]
+        value = value[:, : vocab_map.value_vocab]
+        sources = torch.cat([value, value.mean(1, keepdim=True), torch.zeros(len(ids), 1)], dim=1)
+        mapped = torch.zeros(len(ids), columns)
+        mapped[:, : vocab_map.base_vocab] = sources[:, torch.from_numpy(vocab_map.columns).long()]
+        return mapped
 
     @staticmethod
     def _value_logits(model: torch.nn.Module, inputs: torch.Tensor, base: torch.Tensor, scheme: str) -> torch.Tensor:

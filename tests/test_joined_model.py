@@ -1,5 +1,7 @@
 """The joined forward on its own: what a GPU with CUDA graphs in pieces needs, shown on the CPU."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -21,12 +23,10 @@ class Base(nn.Module):
 
 
 class FakeNetwork:
-    vocab_size = 10
-
     def __init__(self, number: int):
         self.number = number
 
-    def forward(self, input_ids, positions, clamp, base_hidden, base_logits):
+    def forward(self, input_ids, positions, base_hidden, base_logits):
         SCRATCH.fill_(-1.0)
         assert (
             base_logits(base_hidden.contiguous()) == 2 * input_ids[:, None]
@@ -35,9 +35,13 @@ class FakeNetwork:
         return SCRATCH[: len(input_ids), :3].copy_(input_ids[:, None] * 10 + self.number).to(dtype)
 
 
+def make_joined(default_weights=(0.0, 0.0)):
+    rows, steps = ValueRows(), SimpleNamespace(needed=None, sampled=False)
+    return join(Base(), rows, steps, [FakeNetwork(1), FakeNetwork(2)], default_weights), rows, steps
+
+
 def test_no_model_overwrites_what_another_left():
-    rows = ValueRows()
-    model = join(Base(), rows, [FakeNetwork(1), FakeNetwork(2)], 10)
+    model, rows, _ = make_joined()
     for ids in (torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0])):  # the first forward, and a later one
         joined = model(ids, torch.arange(len(ids)))
         logits = model.compute_logits(joined)
@@ -47,9 +51,35 @@ def test_no_model_overwrites_what_another_left():
         assert torch.equal(second, (10 * ids + 2)[:, None].expand(-1, 3).bfloat16()) and second.dtype == torch.bfloat16
 
 
+def test_networks_that_a_step_does_not_need_sit_it_out():
+    model, rows, steps = make_joined()
+    ids = torch.tensor([1.0, 2.0, 3.0])
+    assert model(ids, ids).shape[1] == 4 + 3 + 3  # outside of steps: all
+    for needed, width in (({1}, 4 + 3), ({0, 1}, 4 + 3 + 3), (set(), 4)):
+        steps.needed = frozenset(needed)
+        joined = model(ids, ids)
+        assert joined.shape[1] == width
+        assert torch.equal(model.compute_logits(joined), 2 * ids[:, None].expand(-1, 4))
+        first, second = rows.take(3)
+        assert (first is not None) == (0 in needed) and (second is not None) == (1 in needed)
+        if second is not None:
+            assert torch.equal(second, (10 * ids + 2)[:, None].expand(-1, 3).bfloat16())
+
+
+def test_a_replayed_graph_has_all_networks():
+    model, rows, steps = make_joined()
+    ids = torch.tensor([1.0, 2.0])
+    captured = model(ids, ids)
+    steps.needed, steps.sampled = frozenset(), False
+    model(ids, ids)
+    steps.sampled = False
+    model.compute_logits(captured)
+    assert all(hidden is not None for hidden in rows.take(2))
+
+
 def test_rows_are_handed_out_once_and_in_order():
     rows = ValueRows()
-    rows.put([torch.arange(6)[:, None]])
+    rows.put([torch.arange(6)[:, None], None], 6)
     assert rows.take(2)[0].flatten().tolist() == [0, 1]
     assert rows.take(3)[0].flatten().tolist() == [2, 3, 4]
     try:

@@ -71,10 +71,18 @@ def test_bad_requests(asked, names):
 
 
 def test_pairs_become_weights_of_networks_loaded_once():
-    assert PAIR.networks == ("a", "b", "c")
+    assert [source.model for source in PAIR.networks] == ["a", "b", "c"]
     assert PAIR.network_weights({"math": 2.0}) == [2.0, -2.0, 0.0]
     # `b` is subtracted by one value and added by another.
     assert PAIR.network_weights({"math": 1.0, "code": 1.0}) == [1.0, 0.0, 0.0]
+
+
+def test_networks_behind_values():
+    assert PAIR.networks_of(["math"]) == {0, 1} and PAIR.networks_of([]) == frozenset()
+    # One folder with two maps is two networks.
+    mapped = Settings({"plain": Value("a"), "mapped": Value("a", "b", "map")})
+    assert mapped.networks == (("a", None), ("a", "map"), ("b", "map"))
+    assert mapped.network_weights({"mapped": 2.0}) == [0.0, 2.0, -2.0] and mapped.networks_of(["mapped"]) == {1, 2}
 
 
 def test_settings_survive_json(folder):

@@ -7,6 +7,7 @@ import pytest
 from cascade_models import mark_scheme
 from parity import Reference, Request, assert_parity, engine, metric, random_requests, run
 from tiny import make_model
+from vocab_map_models import VALUE_VOCAB, make_other, random_map
 
 import ivl_vllm
 
@@ -84,6 +85,53 @@ def test_a_head_that_scales_its_logits_is_not_fused(models, tmp_path):
             request.params["max_tokens"] = min(8, request.params["max_tokens"])
         outputs = run(llm, requests)
     assert_parity(Reference(models["base"], default=value), requests, outputs)
+
+
+def test_another_vocabulary(models, tmp_path):
+    """The map inside the fused kernel, with the mean of the value row as a further row of the matrix."""
+    other = make_other(tmp_path / "other")
+    maps = {
+        "one": random_map(models["base"], other, 1, pieces_at_most=1),
+        "mean": random_map(models["base"], other, 2, unmapped=VALUE_VOCAB),
+    }
+    values = {}
+    for name, vocab_map in maps.items():
+        vocab_map.save(tmp_path / f"{name}.safetensors")
+        values[name] = {"model": str(other), "vocab_map": str(tmp_path / f"{name}.safetensors")}
+    with engine(models["base"], **ivl_vllm.engine_args(values=values), max_num_batched_tokens=32) as llm:
+        assert all(network.head is not None for network in networks_of(llm))
+        requests = random_requests(12, seed=62, names=("one", "mean"), longest=40, last_arrival=10)
+        for request in requests:
+            request.params["max_tokens"] = min(8, request.params["max_tokens"])
+        outputs = run(llm, requests)
+    assert_parity(Reference(models["base"], maps=maps, one=other, mean=other), requests, outputs)
+
+
+def test_steps_without_steered_requests(models):
+    """Value networks sit out steps; long prefixes in common; prompt log-probabilities under a default weight."""
+    reference = Reference(models["base"], default=models["value"])
+    with engine(
+        models["base"],
+        **ivl_vllm.engine_args(value_model=str(models["value"]), default_weight=0.5),
+        max_num_batched_tokens=32,
+    ) as llm:
+        prefix = list(range(10, 80))
+        requests = []
+        for number in range(12):
+            weight = (0.0, 1.0, 0.0, -1.0)[number % 4]
+            ask = {"default": weight} if weight else 0
+            requests.append(Request([*prefix, 5 + number], {"default": weight}, ask, {"max_tokens": 5}, 5 * number))
+        outputs = run(llm, requests)
+        assert_parity(reference, requests, outputs)
+        for steered in (False, True):
+            alike = [o for r, o in zip(requests, outputs) if any(r.weights.values()) is steered]
+            assert sum(o.num_cached_tokens for o in alike) > 0
+        asked = Request(prefix, {}, 0, {"max_tokens": 2, "prompt_logprobs": 1})
+        (output,) = run(llm, [asked])
+        expected = reference.logits(prefix, {"default": 0.5}).log_softmax(-1)
+        for position, of_token in enumerate(output.prompt_logprobs[1:]):
+            for token, logprob in of_token.items():
+                assert abs(logprob.logprob - expected[position, token].item()) < 1e-3
 
 
 def test_cascade_value_networks(models, tmp_path):

@@ -10,8 +10,9 @@ from vllm.logger import init_logger
 
 from ivl_vllm.plugin import ENGINE_KEY, LOAD_FORMAT
 from ivl_vllm.serving import admission
-from ivl_vllm.settings import Settings, parse_settings
+from ivl_vllm.settings import NetworkSource, Settings, parse_settings
 from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
+from ivl_vllm.vocab.vocab_map import VocabMap
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -42,15 +43,15 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
     _check_features(vllm_config)
     models = [vllm_config.model_config]
     random_weights = vllm_config.additional_config[ENGINE_KEY]["load_format"] == "dummy"
-    for network in settings.networks:
-        value_config = network_config(vllm_config, network)
-        _check_network(vllm_config.model_config, value_config, network)
+    for source in settings.networks:
+        value_config = network_config(vllm_config, source.model)
+        _check_network(vllm_config.model_config, value_config, source)
         if not random_weights:
-            _check_weights(network)
-        _check_parallel(vllm_config, value_config, network)
+            _check_weights(source.model)
+        _check_parallel(vllm_config, value_config, source.model)
         models.append(value_config)
     # Part of vLLM's compile cache key, which by itself knows neither the networks' order nor what their folders hold.
-    hashes = [[network, model.compute_hash()] for network, model in zip(settings.networks, models[1:], strict=True)]
+    hashes = [[*source, model.compute_hash()] for source, model in zip(settings.networks, models[1:], strict=True)]
     vllm_config.additional_config[ENGINE_KEY]["networks"] = hashes
     if not hybrid_is_users_choice and any(map(_has_window, models)) and not vllm_config.model_config.is_hybrid:
         # Pages of different models rarely fit each other. vLLM would make groups as small as one layer out of them, or
@@ -167,8 +168,8 @@ def network_scheme(network: str) -> str:
     return "residual" if config is None else config.scheme
 
 
-def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
-    what = f"the value network {network!r}"
+def _check_network(base: ModelConfig, value: ModelConfig, source: NetworkSource) -> None:
+    what = f"the value network {source.model!r}"
     if value.runner_type != "generate":
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
     _check_text_only(value, what)
@@ -182,8 +183,16 @@ def _check_network(base: ModelConfig, value: ModelConfig, network: str) -> None:
             f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="
             f"{base.max_model_len}: start with --max-model-len {value.max_model_len} or less"
         )
-    network_scheme(network)
-    _check_vocabulary(base, value, what)
+    scheme = network_scheme(source.model)
+    if source.vocab_map is None:
+        _check_vocabulary(base, value, what)
+        return
+    if scheme != "residual":
+        raise ValueError(
+            f"ivl: {what} was trained with the scheme {scheme!r}, which reads the base's own columns, and cannot have "
+            f"a vocab_map ({source.vocab_map!r}): use one that was trained with the residual scheme"
+        )
+    _check_vocab_map(base, value, source.vocab_map, what)
 
 
 def _check_parallel(vllm_config: VllmConfig, value: ModelConfig, network: str) -> None:
@@ -210,8 +219,8 @@ def _check_vocabulary(base: ModelConfig, value: ModelConfig, what: str) -> None:
     """The same ids must mean the same tokens; how far each model pads its vocabulary does not matter."""
     sizes = f"the base {base.model!r} has {base.get_vocab_size()} columns, {what} {value.get_vocab_size()}"
     fix = (
-        "mapping one onto the other is what `vocab_map` is for, and it is not served yet: "
-        "use a value network of the base's vocabulary"
+        "map one onto the other: ivl map-vocab "
+        f"--base {base.tokenizer} --value {value.model} --output map.safetensors, and give the file as `vocab_map`"
     )
     ours, theirs = _tokens(base.tokenizer, base), _tokens(value.model, base)
     if ours is None or theirs is None:
@@ -229,6 +238,23 @@ def _check_vocabulary(base: ModelConfig, value: ModelConfig, what: str) -> None:
     if clashes:
         names = f"{ours[clashes[0]].text!r} and {theirs[clashes[0]].text!r}"
         logger.warning("ivl: %d special tokens have two names in base and %s, such as %s", len(clashes), what, names)
+
+
+def _check_vocab_map(base: ModelConfig, value: ModelConfig, path: str, what: str) -> None:
+    from vllm.tokenizers import get_tokenizer
+
+    where = f"vocab_map {path!r} of {what}"
+    vocab_map = VocabMap.load(path)
+    tokenizers = [
+        get_tokenizer(name, trust_remote_code=base.trust_remote_code) for name in (base.tokenizer, value.model)
+    ]
+    vocab_map.check(*tokenizers, where)
+    for side, config, known in (("base", base, vocab_map.base_vocab), ("value", value, vocab_map.value_vocab)):
+        if config.get_vocab_size() < known:
+            raise ValueError(
+                f"ivl: {where} is for {known} {side} tokens, but {config.model!r} has {config.get_vocab_size()} "
+                "columns: its tokenizer has tokens that the model lacks"
+            )
 
 
 class _Token(NamedTuple):

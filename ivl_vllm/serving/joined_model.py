@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.steps import Steps
 
 
 class ValueRows:
@@ -21,8 +23,8 @@ class ValueRows:
 
     def __init__(self) -> None:
         self.networks: list[Network] = []
-        self._hidden: list[torch.Tensor] = []
-        self._taken = 0
+        self._hidden: list[torch.Tensor | None] = []
+        self._rows = self._taken = 0
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ValueRows:
@@ -33,26 +35,26 @@ class ValueRows:
             weakref.finalize(vllm_config, _rows_of_engine.pop, key)
         return _rows_of_engine[key]
 
-    def put(self, hidden: list[torch.Tensor]) -> None:
-        """Keeps this step's rows: one `[rows, hidden]` tensor per network."""
+    def put(self, hidden: list[torch.Tensor | None], rows: int) -> None:
+        """Keeps this step's rows: one `[rows, hidden]` tensor per network, None for one that sits this step out."""
         self._hidden = hidden
-        self._taken = 0
+        self._rows, self._taken = rows, 0
 
-    def take(self, count: int) -> list[torch.Tensor]:
+    def take(self, count: int) -> list[torch.Tensor | None]:
         """The next `count` rows of every network: vLLM may hand the processor the logits of a step in several pieces.
 
         Raises:
             RuntimeError: this step has fewer rows than logits, so which row belongs to which request is unknown.
         """
         start, end = self._taken, self._taken + count
-        have = self._hidden[0].shape[0] if self._hidden else 0
-        if end > have:
+        if end > self._rows:
             raise RuntimeError(
-                f"ivl: {count} rows of logits after {start}, but {have} rows of value hidden states: this vLLM samples "
-                "from logits that did not come from the model's compute_logits; please report the engine arguments"
+                f"ivl: {count} rows of logits after {start}, but {self._rows} rows of value hidden states: this vLLM "
+                "samples from logits that did not come from the model's compute_logits; please report the engine "
+                "arguments"
             )
         self._taken = end
-        return [hidden[start:end] for hidden in self._hidden]
+        return [None if hidden is None else hidden[start:end] for hidden in self._hidden]
 
 
 # By identity: configurations are compared by value and cannot be keys, nor may they carry attributes of ours.
@@ -62,13 +64,23 @@ _rows_of_engine: dict[int, ValueRows] = {}
 class _Join:
     """What the joined forward needs, kept off the module tree: LoRA wraps every submodule that it finds there."""
 
-    def __init__(self, rows: ValueRows, networks: list[Network], base_vocab_size: int):
+    def __init__(self, rows: ValueRows, steps: Steps, networks: list[Network], default_weights: Sequence[float]):
         self.rows = rows
-        self.clamp = [network.vocab_size < base_vocab_size for network in networks]
-        # Of [base hidden, value hidden, ...]: known after the first forward, which always precedes the first logits.
+        self.steps = steps
+        self.default_weights = default_weights
+        # The networks that the last forward ran.
+        self.active: list[int] = []
+        # Of the hidden states of the base and of every network: known after their first forward, in which all run.
         self.widths: list[int] = []
         self.dtypes: list[torch.dtype] = []
         rows.networks = networks
+
+    def choose(self) -> list[int]:
+        """The networks that the coming forward runs: all of them, unless the step in progress needs fewer."""
+        needed = self.steps.needed
+        everything = range(len(self.rows.networks))
+        self.active = list(everything) if needed is None or not self.widths else sorted(needed)
+        return self.active
 
     def learn(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Joins the parts of the first forward, and keeps what the later ones need to know."""
@@ -78,14 +90,23 @@ class _Join:
         return torch.cat(parts, dim=-1)
 
     def allocate(self, base: torch.Tensor) -> list[torch.Tensor]:
-        """Uninitialised room for all parts of `[tokens, width]`: views of one tensor, and that tensor at the end."""
-        dtype = functools.reduce(torch.promote_types, self.dtypes)
-        joined = base.new_empty(base.shape[0], sum(self.widths), dtype=dtype)
-        return [*joined.split(self.widths, dim=-1), joined]
+        """Uninitialised room for the parts of `[tokens, width]`: views of one tensor, and that tensor at the end."""
+        parts = [0, *(number + 1 for number in self.active)]
+        dtype = functools.reduce(torch.promote_types, (self.dtypes[part] for part in parts))
+        widths = [self.widths[part] for part in parts]
+        joined = base.new_empty(base.shape[0], sum(widths), dtype=dtype)
+        return [*joined.split(widths, dim=-1), joined]
 
-    def split(self, joined: torch.Tensor) -> list[torch.Tensor]:
-        parts = joined.split(self.widths, dim=-1)
-        return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
+    def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """The base's hidden states, and every network's, None where it did not run."""
+        parts = [0, *(number + 1 for number in self.active)]
+        if joined.shape[-1] != sum(self.widths[part] for part in parts):
+            # A CUDA graph of the whole forward was replayed: it was captured with all of them.
+            parts = list(range(len(self.widths)))
+        split = joined.split([self.widths[part] for part in parts], dim=-1)
+        by_part = {part: hidden.to(self.dtypes[part]) for part, hidden in zip(parts, split, strict=True)}
+        base, *values = (by_part.get(part) for part in range(len(self.widths)))
+        return base, values
 
 
 class JoinedModel:
@@ -104,29 +125,57 @@ class JoinedModel:
         """`[base hidden | value hidden | ...]` of `[tokens]` ids at `[tokens]` positions.
 
         Each network's hidden states are copied out before the next one runs. Captured in pieces, a model's last CUDA
-        graph leaves its output in memory that the graphs of the next model may use.
+        graph leaves its output in memory that the graphs of the next model may use. A step that needs no network
+        returns what the base returned.
         """
+        join = self._ivl
+        join.steps.sampled = False
         base_logits = super().compute_logits
         base = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        first = not self._ivl.widths
-        room = [] if first else self._ivl.allocate(base)
+        active = join.choose()
+        if not active:
+            return base
+        first = not join.widths
+        room = [] if first else join.allocate(base)
         parts = [base.clone() if first else room[0].copy_(base)]
         base = parts[0].to(base.dtype)
-        for number, (network, clamp) in enumerate(zip(self._ivl.rows.networks, self._ivl.clamp, strict=True), 1):
-            value = network.forward(input_ids, positions, clamp, base, base_logits)
-            parts.append(value.clone() if first else room[number].copy_(value))
-        return self._ivl.learn(parts) if first else room[-1]
+        for place, number in enumerate(active, 1):
+            value = join.rows.networks[number].forward(input_ids, positions, base, base_logits)
+            parts.append(value.clone() if first else room[place].copy_(value))
+        return join.learn(parts) if first else room[-1]
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """The base's logits of `[rows, joined hidden]`; the value rows wait for the logits processor."""
-        base, *values = self._ivl.split(hidden_states)
-        self._ivl.rows.put(values)
+        """The base's logits of `[rows, joined hidden]`; the value rows wait for the logits processor.
+
+        No processor ever sees the logits of prompt log-probabilities, which a step computes after those that it samples
+        from: the engine's default weight is applied to them here.
+        """
+        base, values = self._ivl.split(hidden_states)
         # Contiguous: kernels of quantized heads take a row stride equal to the width for granted.
-        return super().compute_logits(base.contiguous(), *args, **kwargs)
+        logits = super().compute_logits(base.contiguous(), *args, **kwargs)
+        if not self._ivl.steps.sampled:
+            self._ivl.steps.sampled = True
+            self._ivl.rows.put(values, hidden_states.shape[0])
+        elif logits is not None and any(self._ivl.default_weights):
+            logits = logits.float()
+            for network, hidden, weight in zip(self._ivl.rows.networks, values, self._ivl.default_weights, strict=True):
+                if weight and hidden is not None:
+                    network.add_logits(logits, hidden, logits.new_full((logits.shape[0],), weight), None)
+        return logits
 
 
-def join(base: nn.Module, rows: ValueRows, networks: list[Network], base_vocab_size: int) -> nn.Module:
-    """Makes `base` run `networks` on the same tokens. The same object comes back, of a class derived from its own."""
-    base._ivl = _Join(rows, networks, base_vocab_size)
+def join(
+    base: nn.Module, rows: ValueRows, steps: Steps, networks: list[Network], default_weights: Sequence[float]
+) -> nn.Module:
+    """Makes `base` run `networks` on the same tokens. The same object comes back, of a class derived from its own.
+
+    Args:
+        base: the base model.
+        rows: takes the value rows to the processor.
+        steps: says which networks a step needs.
+        networks: the value networks.
+        default_weights: each network's weight in a request that says nothing.
+    """
+    base._ivl = _Join(rows, steps, networks, default_weights)
     base.__class__ = type(f"IVL{type(base).__name__}", (JoinedModel, type(base)), {"__module__": __name__})
     return base

@@ -15,6 +15,9 @@ from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.checks import engine_settings, network_config, network_scheme
 from ivl_vllm.serving.joined_model import ValueRows, join
 from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.steps import Steps, watch_steps
+from ivl_vllm.settings import NetworkSource
+from ivl_vllm.vocab.vocab_map import VocabMap
 
 
 class IVLModelLoader(BaseModelLoader):
@@ -41,29 +44,31 @@ class IVLModelLoader(BaseModelLoader):
         base = loader.load_model(vllm_config=base_config, model_config=model_config, prefix=prefix)
         if model_config.runner_type == "draft":
             return base
+        settings = engine_settings(vllm_config)
         networks = [
-            _load_network(vllm_config, path, number, load_format)
-            for number, path in enumerate(engine_settings(vllm_config).networks)
+            _load_network(vllm_config, source, number, load_format) for number, source in enumerate(settings.networks)
         ]
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             for layer in vllm_config.compilation_config.static_forward_context.values():
                 _keep_whole_context(layer)
-        return join(base, ValueRows.of(vllm_config), networks, model_config.get_vocab_size())
+        watch_steps()
+        default_weights = settings.network_weights(settings.request_weights(None))
+        return join(base, ValueRows.of(vllm_config), Steps.of(vllm_config), networks, default_weights)
 
     def _base_load_config(self, load_format: str) -> LoadConfig:
         return replace(self.load_config, load_format=load_format)
 
 
-def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: str) -> Network:
+def _load_network(vllm_config: VllmConfig, source: NetworkSource, number: int, load_format: str) -> Network:
     """One value network, with its own attention layers in the engine's paged KV cache.
 
     Args:
         vllm_config: the engine's configuration.
-        path: folder or hub id.
+        source: where it comes from.
         number: position among the networks; names its layers (`ivl_0.model.layers.3.self_attn.attn`).
         load_format: the base's. Random weights there mean random weights here; else safetensors and nothing else.
     """
-    model_config = network_config(vllm_config, path)
+    model_config = network_config(vllm_config, source.model)
     # A request is as long for the value network as for the base.
     model_config.max_model_len = vllm_config.model_config.max_model_len
     if load_format != "dummy" and hasattr(model_config, "maybe_untie_word_embeddings"):
@@ -90,8 +95,14 @@ def _load_network(vllm_config: VllmConfig, path: str, number: int, load_format: 
         model = loader.load_model(vllm_config=config, model_config=model_config, prefix=prefix)
     for name in layers.keys() - before:
         _use_own_config(layers[name], config, prefix)
-    max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    return Network(model, model_config, max_tokens, network_scheme(path))
+    return Network(
+        model,
+        model_config,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.model_config.get_vocab_size(),
+        network_scheme(source.model),
+        None if source.vocab_map is None else VocabMap.load(source.vocab_map),
+    )
 
 
 def _keep_whole_context(layer: nn.Module) -> None:

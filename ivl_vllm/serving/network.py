@@ -15,6 +15,8 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from ivl_vllm.serving.cascade import ExpectedEmbedding
+from ivl_vllm.serving.other_vocabulary import OtherVocabulary
+from ivl_vllm.vocab.vocab_map import VocabMap
 
 # vLLM shows what is logged under its own name and nothing else.
 logger = init_logger(f"vllm.{__name__}")
@@ -40,20 +42,38 @@ class StableInput:
 class Network:
     """A loaded value network.
 
-    Attributes:
+    Args:
         model: vLLM model; `model(input_ids, positions)` gives hidden states, `model.compute_logits` their logits.
-        expected: for a cascade value network, what makes its input embeddings; None for a residual one.
-        vocab_size: columns of its logits, and the number of token ids that it knows.
+        model_config: its configuration.
+        max_tokens: the most tokens of a step.
+        base_columns: columns of the base's logits, and the number of token ids that the base knows.
+        scheme: how it is joined to the base.
+        vocab_map: for a network of another vocabulary.
+
+    Attributes:
         head: `[vocab, hidden]` projection matrix when one fused kernel can project and add; else None.
     """
 
-    def __init__(self, model: nn.Module, model_config: ModelConfig, max_tokens: int, scheme: str = "residual"):
+    def __init__(
+        self,
+        model: nn.Module,
+        model_config: ModelConfig,
+        max_tokens: int,
+        base_columns: int,
+        scheme: str = "residual",
+        vocab_map: VocabMap | None = None,
+    ):
         self.model = model
         self._ids = StableInput(max_tokens)
         self._embeds = StableInput(max_tokens)
-        self.expected = None if scheme == "residual" else ExpectedEmbedding(model, with_text=scheme == "cascade+text")
-        self.vocab_size = model_config.get_vocab_size()
-        self.head, reason = _plain_head(model, self.vocab_size)
+        self._expected = None if scheme == "residual" else ExpectedEmbedding(model, with_text=scheme == "cascade+text")
+        self._other = None if vocab_map is None else OtherVocabulary(vocab_map, model, base_columns)
+        vocab_size = model_config.get_vocab_size()
+        # Where the base knows more ids of the same vocabulary, those that this network lacks are read as its last one.
+        self._last_id = vocab_size - 1 if vocab_size < base_columns else None
+        self.head, reason = _plain_head(model, vocab_size)
+        if self.head is not None and self._other is not None and self._other.mean:
+            self.head = self._other.with_mean(self.head.t()).t().contiguous()
         how = "fused with the weighted add" if self.head is not None else f"by its own compute_logits, as {reason}"
         logger.info("ivl: value network %s: output projection %s", model_config.model, how)
 
@@ -61,7 +81,6 @@ class Network:
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        clamp: bool,
         base_hidden: torch.Tensor,
         base_logits: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
@@ -70,21 +89,21 @@ class Network:
         Args:
             input_ids: int `[tokens]`.
             positions: int `[tokens]`.
-            clamp: the base knows more ids than this network; those that it lacks are read as its last one.
             base_hidden: `[tokens, hidden of the base]`, read by cascade value networks.
             base_logits: the base's output projection, likewise.
         """
-        if clamp:
-            input_ids = self._ids.hold(input_ids.clamp(max=self.vocab_size - 1))
-        embeds = None
-        if self.expected is not None:
-            embeds = self._embeds.hold(self.expected(base_hidden, input_ids, base_logits))
-        return self.model(
-            input_ids=input_ids if embeds is None else None,
-            positions=positions,
-            intermediate_tensors=None,
-            inputs_embeds=embeds,
-        )
+        ids, embeds = input_ids, None
+        if self._other is not None:
+            ids, embeds = self._other.read(input_ids)
+        elif self._last_id is not None:
+            ids = input_ids.clamp(max=self._last_id)
+        if self._expected is not None:
+            embeds = self._expected(base_hidden, ids, base_logits)
+        if embeds is not None:
+            ids, embeds = None, self._embeds.hold(embeds)
+        elif ids is not input_ids:
+            ids = self._ids.hold(ids)
+        return self.model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=embeds)
 
     def add_logits(
         self, logits: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor, row_index: torch.Tensor | None
@@ -97,11 +116,15 @@ class Network:
             weights: fp32 `[n]`.
             row_index: int `[n]`; None means row i.
         """
+        vocab_map = None if self._other is None else self._other.columns
         if self.head is not None:
-            lm_head_value_add(logits, hidden, self.head, weights, row_index=row_index)
-        else:
-            # Contiguous: the rows are columns of the joined tensor, and quantized heads want plain ones.
-            value_add(logits, self.model.compute_logits(hidden.contiguous()), weights, row_index=row_index)
+            lm_head_value_add(logits, hidden, self.head, weights, row_index=row_index, vocab_map=vocab_map)
+            return
+        # Contiguous: the rows are columns of the joined tensor, and quantized heads want plain ones.
+        value_logits = self.model.compute_logits(hidden.contiguous())
+        if self._other is not None:
+            value_logits = self._other.with_mean(value_logits)
+        value_add(logits, value_logits, weights, row_index=row_index, vocab_map=vocab_map)
 
 
 def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None, str]:

@@ -125,6 +125,11 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             if rows_and_weights is None:
                 continue
             row_index, weights = rows_and_weights
+            if hidden[number] is None:
+                raise RuntimeError(
+                    f"ivl: value network {number} sat out a step in which a request uses it; set skip_unsteered to "
+                    'false in additional_config["ivl"] and please report the engine arguments'
+                )
             rows = hidden[number] if row_index is None else hidden[number][row_index]
             self._value_rows.networks[number].add_logits(logits, rows, weights, row_index)
         return logits

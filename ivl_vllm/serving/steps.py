@@ -1,0 +1,144 @@
+"""Which value networks a step needs: those that some scheduled request uses. The others do not run.
+
+A network that sits out a step leaves no keys and values for that step's tokens. So a request runs, in every step of its
+own, the same set of networks, and requests with different sets share no blocks of the prefix cache: `salt_requests`
+puts the set into the request's cache salt where the engine core admits it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from ivl_vllm.settings import Settings, parse_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+# Marks a request that may come back with other weights (a session with streamed input): it always needs all networks.
+ALL_NETWORKS = "ivl_all_networks"
+
+
+def needed_networks(settings: Settings, params: SamplingParams | None) -> frozenset[int]:
+    """The numbers of the networks that a request uses.
+
+    Args:
+        settings: the engine's.
+        params: the request's; None for a request that samples nothing.
+    """
+    if params is None:
+        return frozenset()
+    if ALL_NETWORKS in (params.extra_args or {}):
+        return frozenset(range(len(settings.networks)))
+    try:
+        weights = settings.request_weights(params.extra_args)
+    except ValueError:  # runs unsteered: see the processor
+        weights = {}
+    used = settings.networks_of(weights)
+    if settings.default_weight and (
+        params.prompt_logprobs is not None or getattr(params, "prompt_logprob_token_ids", None) is not None
+    ):
+        used |= settings.networks_of(settings.request_weights(None))
+    return used
+
+
+def salt_requests() -> None:
+    """Has the engine core keep requests with different sets of networks apart in the prefix cache."""
+    from vllm.v1.engine.core import EngineCore
+
+    preprocess = EngineCore.preprocess_add_request
+
+    @functools.wraps(preprocess)
+    def preprocess_add_request(self: EngineCore, request: Any) -> Any:
+        steps = Steps.of(self.vllm_config)
+        if steps is not None and steps.skip:
+            if request.resumable and request.sampling_params is not None:
+                request.sampling_params = request.sampling_params.clone()
+                request.sampling_params.extra_args = {**(request.sampling_params.extra_args or {}), ALL_NETWORKS: True}
+            needed = sorted(needed_networks(steps.settings, request.sampling_params))
+            # At the end, so that no salt of the user's can imitate another set.
+            request.cache_salt = f"{request.cache_salt or ''}\0ivl:{','.join(map(str, needed))}"
+        return preprocess(self, request)
+
+    EngineCore.preprocess_add_request = preprocess_add_request
+
+
+class Steps:
+    """Follows the scheduled requests of one engine, in each of its workers.
+
+    Attributes:
+        settings: the engine's.
+        skip: whether networks may sit out steps. Not with data parallelism, whose ranks must make the same collective
+            calls, nor with a KV connector, which may hand blocks to requests by rules of its own.
+        needed: numbers of the networks that the step in progress needs; None outside of steps (profiling, warm-up,
+            capture of CUDA graphs), where all of them run.
+        sampled: whether the step in progress has computed its logits to sample from. What comes after them is prompt
+            log-probabilities.
+    """
+
+    def __init__(self, vllm_config: VllmConfig):
+        self.settings = parse_settings(vllm_config.additional_config["ivl"])
+        self.skip = (
+            self.settings.skip_unsteered
+            and vllm_config.parallel_config.data_parallel_size == 1
+            and vllm_config.kv_transfer_config is None
+        )
+        self._of_request: dict[str, frozenset[int]] = {}
+        self.needed: frozenset[int] | None = None
+        self.sampled = False
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Steps | None:
+        """The one of this engine and process; None for an engine without `ivl`."""
+        key = id(vllm_config)
+        if key not in _steps_of_engine:
+            if "ivl" not in (vllm_config.additional_config or ()):
+                return None
+            _steps_of_engine[key] = cls(vllm_config)
+            weakref.finalize(vllm_config, _steps_of_engine.pop, key)
+        return _steps_of_engine[key]
+
+    def begin(self, scheduled: SchedulerOutput) -> None:
+        """A step starts."""
+        self.sampled = False
+        if not self.skip:
+            return
+        for request in scheduled.finished_req_ids:
+            self._of_request.pop(request, None)
+        for new in scheduled.scheduled_new_reqs:
+            self._of_request[new.req_id] = needed_networks(self.settings, new.sampling_params)
+        self.needed = frozenset().union(*(self._of_request[request] for request in scheduled.num_scheduled_tokens))
+
+    def end(self) -> None:
+        """The step's forward is over."""
+        self.needed = None
+
+
+# By identity, as in joined_model.
+_steps_of_engine: dict[int, Steps] = {}
+
+
+def watch_steps() -> None:
+    """Has the workers of this process tell `Steps` what is scheduled."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    execute = Worker.execute_model
+    if getattr(execute, "ivl", False):
+        return
+
+    @functools.wraps(execute)
+    def execute_model(self: Worker, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        steps = Steps.of(self.vllm_config)
+        if steps is None:
+            return execute(self, scheduler_output, *args, **kwargs)
+        steps.begin(scheduler_output)
+        try:
+            return execute(self, scheduler_output, *args, **kwargs)
+        finally:
+            steps.end()
+
+    execute_model.ivl = True
+    Worker.execute_model = execute_model

@@ -1,0 +1,69 @@
+"""Value networks of another vocabulary, through a map: model runner V1, and what is refused at start."""
+
+import pytest
+from cascade_models import mark_scheme
+from parity import Reference, assert_parity, engine, mismatches, random_requests, run
+from vocab_map_models import VALUE_VOCAB, make_other, random_map
+
+import ivl_vllm
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return make_other(tmp_path_factory.mktemp("other") / "value")
+
+
+def test_mapped_values_beside_a_plain_one(models, other, tmp_path):
+    """One folder with two maps, an anti-expert behind the same map as its expert; chunked prefill, cached prefix."""
+    anti = make_other(tmp_path / "anti", seed=22)
+    maps = {
+        "one": random_map(models["base"], other, 1, pieces_at_most=1),
+        "mean": random_map(models["base"], other, 2, unmapped=VALUE_VOCAB),
+    }
+    for name, vocab_map in maps.items():
+        vocab_map.save(tmp_path / f"{name}.safetensors")
+    values = {
+        "one": {"model": str(other), "minus": str(anti), "vocab_map": str(tmp_path / "one.safetensors")},
+        "mean": {"model": str(other), "vocab_map": str(tmp_path / "mean.safetensors")},
+        "plain": {"model": str(models["value"])},
+    }
+    with engine(models["base"], **ivl_vllm.engine_args(values=values), max_num_batched_tokens=32) as llm:
+        requests = random_requests(40, seed=61, names=("one", "mean", "plain"))
+        outputs = run(llm, requests)
+    folders = {"one": (other, anti), "mean": other, "plain": models["value"]}
+    assert_parity(Reference(models["base"], maps=maps, **folders), requests, outputs)
+    assert any(len(r.prompt) - o.num_cached_tokens > 32 for r, o in zip(requests, outputs))
+    assert sum(o.num_cached_tokens for o in outputs) > 0
+    # With the maps exchanged the reference says something else.
+    exchanged = {"one": maps["mean"], "mean": maps["one"]}
+    assert len(mismatches(Reference(models["base"], maps=exchanged, **folders), requests, outputs)) > 10
+
+
+def refusal(models, value, vocab_map):
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = ivl_vllm.engine_args(values={"math": {"model": str(value), "vocab_map": str(vocab_map)}})
+    with pytest.raises(ValueError) as error:
+        EngineArgs(model=str(models["base"]), **settings, max_model_len=256).create_engine_config()
+    return str(error.value)
+
+
+def test_a_map_of_other_tokenizers_is_refused(models, other, tmp_path):
+    path = tmp_path / "map.safetensors"
+    random_map(models["base"], models["value"], 1).save(path)
+    message = refusal(models, other, path)
+    assert all(part in message for part in ("ivl:", str(path), str(other), "another value tokenizer", "ivl map-vocab"))
+
+
+def test_a_file_that_is_no_map_is_refused(models, other, tmp_path):
+    path = tmp_path / "map.safetensors"
+    path.write_bytes(b"no map")
+    assert "no safetensors file" in refusal(models, other, path)
+
+
+def test_a_cascade_network_takes_no_map(models, tmp_path):
+    path = tmp_path / "map.safetensors"
+    value = mark_scheme(make_other(tmp_path / "value"), "cascade")
+    random_map(models["base"], value, 1).save(path)
+    message = refusal(models, value, path)
+    assert "'cascade'" in message and "residual" in message and str(path) in message
