@@ -1,4 +1,4 @@
-"""Engine settings (`additional_config["ivl"]`) and what a request may ask for (`extra_args["ivl"]`).
+"""Engine settings: `additional_config["ivl"]`.
 
 This module imports nothing but the standard library: the vLLM frontend reads it in every process.
 """
@@ -6,13 +6,14 @@ This module imports nothing but the standard library: the vLLM frontend reads it
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
+
+from ivl_vllm.steering import Steering, finite, parse_steering
 
 _VALUE_FIELDS = ("model", "minus", "vocab_map")
 _FIELDS = ("value_model", "values", "default_weight", "max_weight", "skip_unsteered")
@@ -83,84 +84,26 @@ class Settings:
         used = {source for name in names for source, _ in self.values[name].signed_networks}
         return frozenset(number for number, source in enumerate(self.networks) if source in used)
 
-    def request_weights(self, extra_args: Mapping[str, Any] | None) -> dict[str, float]:
-        """The weights that a request asks for, by name of the value; only those that are not zero.
+    def steering(self, extra_args: Mapping[str, Any] | None) -> Steering:
+        """What a request asks for.
 
         Args:
             extra_args: `SamplingParams.extra_args` (over HTTP: `vllm_xargs`).
 
         Raises:
-            ValueError: anything but a number, a boolean, `{"name": number}` or `"name=number,other=number"`; an unknown
-                name; a weight that is not finite or beyond `max_weight`.
+            ValueError: see `parse_steering`.
         """
-        asked = (extra_args or {}).get("ivl")
-        if "ivl" not in (extra_args or {}):
-            asked = self.default_weight
-        elif isinstance(asked, str):
-            asked = _parse_pairs(asked)
-        if not isinstance(asked, Mapping):
-            asked = {next(iter(self.values)): asked}
-        weights = {}
-        for name, weight in asked.items():
-            if name not in self.values:
-                raise ValueError(f"ivl: unknown value {name!r}: this engine has {', '.join(self.values)}")
-            weight = _request_number(weight, name)
-            if abs(weight) > self.max_weight:
-                raise ValueError(
-                    f"ivl: weight {weight:g} of {name!r} is beyond max_weight={self.max_weight:g}: "
-                    "ask for less, or start the engine with a larger max_weight"
-                )
-            if weight:
-                weights[name] = weight
-        return weights
+        return parse_steering(self, extra_args)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON; `parse_settings` reads it back."""
         return asdict(self)
 
 
-def _parse_pairs(text: str) -> dict[str, float]:
-    """`"math=1.0,code=-0.5"` -> `{"math": 1.0, "code": -0.5}`."""
-    pairs: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = (piece.strip() for piece in part.partition("="))
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = None
-        if not equals or weight is None:
-            raise ValueError(
-                f'ivl: {text!r} is not a weight: send a number (1.0), true, false, or a string like "math=1.0,code=0.5"'
-            )
-        if name in pairs:
-            raise ValueError(f"ivl: {name!r} is given twice in {text!r}: name each value once")
-        pairs[name] = weight
-    return pairs
-
-
-def _request_number(weight: Any, name: str) -> float:
-    if not isinstance(weight, Real):
-        raise ValueError(
-            f"ivl: weight {weight!r} of {name!r} is a {type(weight).__name__}, not a number: "
-            "send a number (1.0), true or false"
-        )
-    return _finite(weight, f"weight of {name!r}")
-
-
-def _finite(number: Real, what: str) -> float:
-    try:
-        result = float(number)
-    except OverflowError:
-        result = math.inf
-    if not math.isfinite(result):
-        raise ValueError(f"ivl: {what} is {number}: use a finite number")
-    return result
-
-
 def _setting_number(number: Any, setting: str) -> float:
     if isinstance(number, bool) or not isinstance(number, Real):
         raise ValueError(f"ivl: {setting} is {number!r}: use a number such as 1.0")
-    return _finite(number, setting)
+    return finite(number, setting)
 
 
 def parse_settings(config: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -220,7 +163,7 @@ def _default_weight(config: Mapping[str, Any], environ: Mapping[str, str]) -> fl
         number = float(text)
     except ValueError:
         raise ValueError(f"ivl: IVL_DEFAULT_WEIGHT is {text!r}: use a number such as 1.0") from None
-    return _finite(number, "IVL_DEFAULT_WEIGHT")
+    return finite(number, "IVL_DEFAULT_WEIGHT")
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 import ivl_vllm
 from ivl_vllm.settings import Settings, Value, parse_settings
+from ivl_vllm.steering import Steering
 
 PAIR = Settings({"math": Value("a", "b"), "code": Value("b"), "style": Value("c")}, default_weight=0.5, max_weight=4.0)
 
@@ -29,12 +30,28 @@ def folder(tmp_path):
     ],
 )
 def test_requests(asked, weights):
-    assert PAIR.request_weights({"ivl": asked}) == weights
+    assert PAIR.steering({"ivl": asked}) == Steering(weights)
+
+
+@pytest.mark.parametrize(
+    "asked, steering",
+    [
+        ("auto", Steering(auto=("math",))),
+        (" auto : math ", Steering(auto=("math",))),
+        ("auto:math,prose", Steering(auto=("math", "prose"))),
+        ("1.0;max_kl=2.0", Steering({"math": 1.0}, max_kl=2.0)),
+        ("code=-1, style=0.5 ; max_kl = 0.5", Steering({"code": -1.0, "style": 0.5}, max_kl=0.5)),
+    ],
+)
+def test_weights_that_are_found_at_every_token(asked, steering):
+    settings = Settings({**PAIR.values, "prose": Value("d", "b")})
+    assert settings.steering({"ivl": asked}) == steering
+    assert settings.networks_of(steering.names)
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 1}])
 def test_a_request_that_says_nothing_gets_the_default(extra_args):
-    assert PAIR.request_weights(extra_args) == {"math": 0.5}
+    assert PAIR.steering(extra_args) == Steering({"math": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -48,6 +65,18 @@ def test_a_request_that_says_nothing_gets_the_default(extra_args):
         ("math=", "is not a weight"),
         ("math=1,", "is not a weight"),
         ("math=1,math=2", "given twice"),
+        ("auto:code", "'code' has no minus model"),
+        ("auto:math,math", "twice"),
+        ("auto:", "unknown value ''"),
+        ("auto:maths", "unknown value 'maths'"),
+        ("auto;max_kl=1", "one of the two"),
+        ("1.0;max_kl=0", "positive number of nats"),
+        ("1.0;max_kl=inf", "positive number of nats"),
+        ("1.0;kl=1", "positive number of nats"),
+        ("1.0;", "positive number of nats"),
+        ("1.0;max_kl=1;max_kl=2", "positive number of nats"),
+        ("strong;max_kl=1", "is not a weight"),
+        ("5;max_kl=1", "max_weight=4"),
         ("maths=1", "unknown value 'maths': this engine has math, code, style"),
         ({"math": "1"}, "is a str"),
         ({"math": None}, "is a NoneType"),
@@ -66,7 +95,7 @@ def test_a_request_that_says_nothing_gets_the_default(extra_args):
 )
 def test_bad_requests(asked, names):
     with pytest.raises(ValueError, match="^ivl: ") as error:
-        PAIR.request_weights({"ivl": asked})
+        PAIR.steering({"ivl": asked})
     assert names in str(error.value)
 
 

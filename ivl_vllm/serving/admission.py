@@ -36,7 +36,7 @@ def check_request(extra_args: Mapping[str, Any] | None) -> None:
         if refusal and vllm_config() is None:
             continue
         try:
-            settings.request_weights(extra_args)
+            settings.steering(extra_args)
         except ValueError as error:
             refusal = refusal or error
         else:

@@ -51,8 +51,10 @@ class IVLModelLoader(BaseModelLoader):
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             for layer in vllm_config.compilation_config.static_forward_context.values():
                 _keep_whole_context(layer)
+        for network in networks:
+            network.warm_up(vllm_config.scheduler_config.max_num_seqs)
         watch_steps()
-        default_weights = settings.network_weights(settings.request_weights(None))
+        default_weights = settings.network_weights(settings.steering(None).weights)
         return join(base, ValueRows.of(vllm_config), Steps.of(vllm_config), networks, default_weights)
 
     def _base_load_config(self, load_format: str) -> LoadConfig:

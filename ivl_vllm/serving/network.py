@@ -74,6 +74,8 @@ class Network:
         self.head, reason = _plain_head(model, vocab_size)
         if self.head is not None and self._other is not None and self._other.mean:
             self.head = self._other.with_mean(self.head.t()).t().contiguous()
+        self._width, self._dtype = model_config.get_hidden_size(), model_config.dtype
+        self._base_columns = base_columns
         how = "fused with the weighted add" if self.head is not None else f"by its own compute_logits, as {reason}"
         logger.info("ivl: value network %s: output projection %s", model_config.model, how)
 
@@ -125,6 +127,24 @@ class Network:
         if self._other is not None:
             value_logits = self._other.with_mean(value_logits)
         value_add(logits, value_logits, weights, row_index=row_index, vocab_map=vocab_map)
+
+    @torch.inference_mode()
+    def warm_up(self, max_rows: int) -> None:
+        """Compiles the kernels that `add_logits` will use, so that no request waits for the compiler.
+
+        Rows are powers of two: a kernel's tiles depend on how many there are. Weights are 0, so nothing is computed.
+        """
+        parameter = next(self.model.parameters())
+        if choose_backend("auto", parameter.device) != "triton":
+            return
+        rows = 1
+        while rows <= max_rows:
+            logits = parameter.new_zeros(rows, self._base_columns, dtype=torch.float32)
+            hidden = parameter.new_zeros(rows, self._width, dtype=self._dtype)
+            index = torch.arange(rows, device=parameter.device)
+            for row_index in (None, index):
+                self.add_logits(logits, hidden, logits.new_zeros(rows), row_index)
+            rows *= 2
 
 
 def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None, str]:

@@ -73,7 +73,7 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def _request_weights(self, params: SamplingParams) -> list[float] | None:
         """Weight per network, or None for a request that is not steered."""
         try:
-            weights = self._settings.request_weights(params.extra_args)
+            weights = self._settings.steering(params.extra_args).weights
         except ValueError as error:
             # Possible only where several engines share a process and another one's settings admitted the request.
             # Raising would take down every other request with it.

@@ -34,14 +34,14 @@ def needed_networks(settings: Settings, params: SamplingParams | None) -> frozen
     if ALL_NETWORKS in (params.extra_args or {}):
         return frozenset(range(len(settings.networks)))
     try:
-        weights = settings.request_weights(params.extra_args)
+        names = settings.steering(params.extra_args).names
     except ValueError:  # runs unsteered: see the processor
-        weights = {}
-    used = settings.networks_of(weights)
+        names = ()
+    used = settings.networks_of(names)
     if settings.default_weight and (
         params.prompt_logprobs is not None or getattr(params, "prompt_logprob_token_ids", None) is not None
     ):
-        used |= settings.networks_of(settings.request_weights(None))
+        used |= settings.networks_of(settings.steering(None).names)
     return used
 
 

@@ -1,0 +1,153 @@
+"""What a request asks for in `extra_args["ivl"]` (over HTTP: `vllm_xargs`), read against the engine's settings.
+
+This module imports nothing but the standard library: the vLLM frontend reads it in every process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ivl_vllm.settings import Settings
+
+_AUTO = "auto"
+_EXAMPLES = 'send a number (1.0), true, false, or a string like "math=1.0,code=0.5", "auto" or "1.0;max_kl=2.0"'
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A request's wish.
+
+    Attributes:
+        weights: name of a value -> weight, without those that are 0.
+        auto: names of the pairs whose weights Dynamic Logits Fusion finds at every token; `weights` is empty then.
+        max_kl: nats by which a token's distribution may move away from the base's; `weights` are scaled down to it.
+    """
+
+    weights: dict[str, float] = field(default_factory=dict)
+    auto: tuple[str, ...] = ()
+    max_kl: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The values that take part."""
+        return (*self.weights, *self.auto)
+
+
+def parse_steering(settings: Settings, extra_args: Mapping[str, Any] | None) -> Steering:
+    """Reads a request's `extra_args`.
+
+    Raises:
+        ValueError: anything but a number, a boolean, `{"name": number}`, `"name=number,other=number"`, `"auto"`,
+            `"auto:name,other"`, or weights with `;max_kl=number` behind them; an unknown name; a weight that is not
+            finite or beyond `max_weight`.
+    """
+    if "ivl" not in (extra_args or {}):
+        return Steering(_checked(settings, {_first(settings): settings.default_weight}))
+    asked = extra_args["ivl"]
+    if not isinstance(asked, str):
+        return Steering(_checked(settings, asked if isinstance(asked, Mapping) else {_first(settings): asked}))
+    body, *options = (part.strip() for part in asked.split(";"))
+    max_kl = _max_kl(options, asked) if options else None
+    if body.partition(":")[0].strip() == _AUTO:
+        if options:
+            raise ValueError(f"ivl: {asked!r} has a max_kl, but auto finds its own weight: ask for one of the two")
+        return Steering(auto=_auto_names(settings, body, asked))
+    if max_kl is not None and (number := _number(body)) is not None:
+        weights = {_first(settings): number}
+    else:
+        weights = _pairs(body, asked)
+    return Steering(_checked(settings, weights), max_kl=max_kl)
+
+
+def _first(settings: Settings) -> str:
+    return next(iter(settings.values))
+
+
+def _checked(settings: Settings, asked: Mapping[Any, Any]) -> dict[str, float]:
+    weights = {}
+    for name, given in asked.items():
+        _known(settings, name)
+        if not isinstance(given, Real):
+            kind = type(given).__name__
+            raise ValueError(f"ivl: weight {given!r} of {name!r} is a {kind}, not a number: {_EXAMPLES}")
+        weight = finite(given, f"weight of {name!r}")
+        if abs(weight) > settings.max_weight:
+            raise ValueError(
+                f"ivl: weight {weight:g} of {name!r} is beyond max_weight={settings.max_weight:g}: "
+                "ask for less, or start the engine with a larger max_weight"
+            )
+        if weight:
+            weights[name] = weight
+    return weights
+
+
+def _known(settings: Settings, name: Any) -> None:
+    if name not in settings.values:
+        raise ValueError(f"ivl: unknown value {name!r}: this engine has {', '.join(settings.values)}")
+
+
+def _auto_names(settings: Settings, body: str, asked: str) -> tuple[str, ...]:
+    """`"auto"` -> the first value; `"auto:math,code"` -> both, all of them pairs."""
+    _, colon, rest = body.partition(":")
+    names = tuple(name.strip() for name in rest.split(",")) if colon else (_first(settings),)
+    for name in names:
+        _known(settings, name)
+        if settings.values[name].minus is None:
+            raise ValueError(
+                f"ivl: {asked!r} compares an expert with its small base, but {name!r} has no minus model: "
+                'give values[NAME] a "minus", or limit a plain value network with "1.0;max_kl=2.0"'
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"ivl: {asked!r} names a value twice: name each value once")
+    return names
+
+
+def _max_kl(options: list[str], asked: str) -> float:
+    name, _, text = (piece.strip() for piece in options[0].partition("="))
+    number = _number(text)
+    if len(options) > 1 or name != "max_kl" or number is None or not 0 < number < math.inf:
+        raise ValueError(
+            f'ivl: {asked!r}: what follows the ";" must be max_kl and a positive number of nats, as in "1.0;max_kl=2.0"'
+        )
+    return number
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _pairs(text: str, asked: str) -> dict[str, float]:
+    """`"math=1.0,code=-0.5"` -> `{"math": 1.0, "code": -0.5}`."""
+    pairs: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        weight = _number(number)
+        if not equals or weight is None:
+            raise ValueError(f"ivl: {asked!r} is not a weight: {_EXAMPLES}")
+        if name in pairs:
+            raise ValueError(f"ivl: {name!r} is given twice in {asked!r}: name each value once")
+        pairs[name] = weight
+    return pairs
+
+
+def finite(number: Real, what: str) -> float:
+    """The number as a float.
+
+    Raises:
+        ValueError: it is NaN or infinite, or too large for a float.
+    """
+    try:
+        result = float(number)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise ValueError(f"ivl: {what} is {number}: use a finite number")
+    return result
