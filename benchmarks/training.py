@@ -2,19 +2,26 @@
 
 On a GPU:       python benchmarks/training.py            vocabulary 152k, 8,192 tokens, bf16: training-<gpu>.json
 Without a GPU:  python benchmarks/training.py            small networks in fp32: training-cpu.json
+                python benchmarks/training.py --threads 1 --goal-memory    and the memory at vocabulary 152k
 See the wiring: python benchmarks/training.py --quick    seconds, on any machine
 
 Memory   What a loss and its backward pass allocate at most, from hidden states to the gradients of hidden states and
          output layer, less those gradients: parameters, gradients and optimizer are not in it. On a GPU from
          torch.cuda.max_memory_allocated; on the CPU from every allocation and release that torch's profiler records,
          temporaries within operators included. `naive` holds whole logits, `chunked` is what `ivl train` does.
+         --goal-memory runs the chunked loss at the goal's size on the CPU too, and the naive one on few tokens, from
+         which it is extrapolated along a straight line.
 Speed    One step: forward passes, backward pass, AdamW. The bound is a frozen forward pass of the base plus a step of
          plain supervised fine-tuning of the value network alone (transformers' own loss), timed in the same rounds.
+         The share of the bound is the median of the rounds' own shares. On the CPU also by processor time, which other
+         programs hardly change; use --threads 1 then. Two threads on two busy cores wait for each other at every
+         operator, of which small chunks have more: such a share says nothing about the loss.
 """
 
 import argparse
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -31,11 +38,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # from a checkout, installed or not
 
 from kernel_timing import environment  # noqa: E402
-from training_memory import LossAlone  # noqa: E402
+from training_memory import LossAlone, memory_at  # noqa: E402
 
+from ivl_vllm.training.chunked_loss import CHUNK  # noqa: E402
 from ivl_vllm.training.frozen_bases import FrozenBases  # noqa: E402
 from ivl_vllm.training.joint_loss import JointLoss  # noqa: E402
-from ivl_vllm.training.objective import CHUNK, residual_terms, sum_terms  # noqa: E402
+from ivl_vllm.training.objective import residual_terms, sum_terms  # noqa: E402
 
 GOALS = [
     ("peak memory of the chunked loss over the naive one's", 0.1, "≤"),
@@ -128,8 +136,12 @@ class Steps:
         with torch.autocast("cuda", torch.bfloat16) if self.is_gpu else nullcontext():
             self.base(**inputs, use_cache=False)
 
-    def time(self, rounds: int) -> dict[str, list[float]]:
-        """Seconds of each kind of step, all kinds once a round, so that a busy machine is busy for all of them."""
+    def time(self, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Each kind of step once a round, so that a busy machine is busy for all of them.
+
+        Returns:
+            Kind → seconds of each round, and the same in seconds of the processor.
+        """
         kinds: dict[str, Callable[[], None]] = {
             "joint step": lambda: self._train(self._ours),
             "naive joint step": lambda: self._train(self._naive),
@@ -137,17 +149,25 @@ class Steps:
             "plain SFT step": lambda: self._train(lambda: self.value(**self.batch, use_cache=False).loss),
         }
         found: dict[str, list[float]] = {name: [] for name in kinds}
+        processor: dict[str, list[float]] = {name: [] for name in kinds}
         for number in tqdm(range(rounds + 1), desc="steps", unit="round", disable=None):
             for name, step in kinds.items():
                 if self.is_gpu:
                     torch.cuda.synchronize()
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 step()
                 if self.is_gpu:
                     torch.cuda.synchronize()
                 if number:  # the first round warms up
                     found[name].append(time.perf_counter() - start)
-        return found
+                    processor[name].append(time.process_time() - used)
+        return found, processor
+
+
+def share_of_bound(times: dict[str, list[float]]) -> list[float]:
+    """Tokens per second over the bound's, round by round."""
+    parts = (times[name] for name in ("frozen forward", "plain SFT step", "joint step"))
+    return [(frozen + plain) / joint for frozen, plain, joint in zip(*parts, strict=True)]
 
 
 def measure(size: Size, device: torch.device, chunks: list[int], rounds: int, compiled: bool) -> dict:
@@ -166,17 +186,27 @@ def measure(size: Size, device: torch.device, chunks: list[int], rounds: int, co
     del loss
     gc.collect()
     steps = Steps(size, device, compiled)
-    times = {name: statistics.median(seconds) for name, seconds in steps.time(rounds).items()}
+    seconds, processor = steps.time(rounds)
+    times = {name: statistics.median(values) for name, values in seconds.items()}
     tokens = size.rows * size.length
-    bound = tokens / (times["frozen forward"] + times["plain SFT step"])
+    shares = share_of_bound(seconds)
     report["speed"] = {
         "rounds": rounds,
+        "load_average": os.getloadavg()[0],
         "median_seconds": times,
         "tokens_per_second": tokens / times["joint step"],
         "naive_tokens_per_second": tokens / times["naive joint step"],
-        "bound_tokens_per_second": bound,
-        "share_of_bound": tokens / times["joint step"] / bound,
+        "bound_tokens_per_second": tokens / (times["frozen forward"] + times["plain SFT step"]),
+        "share_of_bound": statistics.median(shares),
+        "share_of_bound_range": [min(shares), max(shares)],
     }
+    if device.type == "cpu":
+        used = share_of_bound(processor)
+        report["speed"] |= {
+            "median_processor_seconds": {name: statistics.median(values) for name, values in processor.items()},
+            "share_of_bound_by_processor_time": statistics.median(used),
+            "share_of_bound_by_processor_time_range": [min(used), max(used)],
+        }
     at_default = next(entry["ratio"] for entry in report["memory"] if entry["chunk"] == size.chunk)
     measured = [at_default, report["speed"]["share_of_bound"]] if device.type == "cuda" else [None, None]
     report["goals"] = [
@@ -200,8 +230,19 @@ def print_report(report: dict) -> None:
         print(f"memory of the loss, chunks of {entry['chunk']:>5}: {sizes} ({entry['ratio']:.3f} of the naive loss's)")
     print(
         f"speed: {speed['tokens_per_second']:,.0f} tokens/s, naive joint loss {speed['naive_tokens_per_second']:,.0f}, "
-        f"bound {speed['bound_tokens_per_second']:,.0f}: {speed['share_of_bound']:.2f} of the bound"
+        f"bound {speed['bound_tokens_per_second']:,.0f}: {speed['share_of_bound']:.2f} of the bound "
+        "({:.2f} to {:.2f} in {} rounds)".format(*speed["share_of_bound_range"], speed["rounds"])
     )
+    if "share_of_bound_by_processor_time" in speed:
+        low, high = speed["share_of_bound_by_processor_time_range"]
+        share = speed["share_of_bound_by_processor_time"]
+        print(f"by processor time {share:.2f} ({low:.2f} to {high:.2f}); load average {speed['load_average']:.1f}")
+    if found := report.get("memory_at_goal_size"):
+        naive, chunked = (found[f"{name}_bytes"] / 2**30 for name in ("naive_extrapolated", "chunked"))
+        print(
+            f"memory of the loss at {found['tokens']:,} tokens, vocabulary {found['vocabulary']:,}, {found['dtype']}, "
+            f"on the CPU: naive {naive:.1f} GiB (extrapolated) → chunked {chunked:.2f} GiB ({found['ratio']:.3f})"
+        )
     print("\ngoals, on a GPU at vocabulary 152k, 8,192 tokens, bf16:")
     for goal in report["goals"]:
         verdict = "not yet measured"
@@ -221,6 +262,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, metavar="N", help="positions whose logits exist at a time")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="fuse each chunk's arithmetic with torch.compile")
+    parser.add_argument("--goal-memory", action="store_true", help="on the CPU: also at the goal's size, minutes, 5 GB")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads (default: torch's choice)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file (default: in benchmarks/results/)")
     arguments = parser.parse_args()
@@ -233,6 +275,10 @@ def main() -> None:
     chunks = sorted({max(1, size.chunk // 4), size.chunk, size.chunk * 4})
     found = environment(device) | {"transformers": transformers.__version__}
     report = {"environment": found, **measure(size, device, chunks, arguments.rounds, arguments.compile)}
+    if arguments.goal_memory and device.type == "cpu":
+        goal = SIZES["cuda"]
+        hidden = (goal.base[0], goal.value[0])
+        report["memory_at_goal_size"] = memory_at(goal.rows * goal.length, goal.vocabulary, hidden, goal.chunk)
     print_report(report)
     name = found["gpu"].lower().replace(" ", "-") if device.type == "cuda" else "cpu"
     output = arguments.output or HERE / "results" / f"training-{name}.json"

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from ivl_vllm.training.chunked_loss import chunked_loss
 from ivl_vllm.training.frozen_bases import BaseRows
-from ivl_vllm.training.objective import chunked_loss, residual_terms, sum_terms
+from ivl_vllm.training.objective import residual_terms, sum_terms
 
 
 def peak_cpu(work: Callable[[], None]) -> int:
@@ -39,14 +40,23 @@ class LossAlone:
         tokens: Positions, all of them trained.
         vocabulary: Columns of both networks.
         hidden: Hidden size of the base and of the value network.
-        device: Where; a GPU computes in bf16 under autocast, the CPU in fp32.
+        device: Where; bf16 is computed under autocast.
         chunk: Positions whose logits exist at a time.
+        dtype: Of the products; left out, bf16 on a GPU and fp32 on the CPU.
     """
 
-    def __init__(self, tokens: int, vocabulary: int, hidden: tuple[int, int], device: torch.device, chunk: int) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        vocabulary: int,
+        hidden: tuple[int, int],
+        device: torch.device,
+        chunk: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         torch.manual_seed(0)
         self.chunk, self.device = chunk, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         make = {"device": device}
         self.hidden = torch.randn(tokens, hidden[1], **make).requires_grad_()
         self.weight = (torch.randn(vocabulary, hidden[1], **make) / hidden[1] ** 0.5).requires_grad_()
@@ -92,10 +102,49 @@ class LossAlone:
 
     def peak(self, way: str) -> int:
         """Bytes above parameters and gradients."""
-        self.run(way)  # what a library allocates once is not the loss's
+        if self.device.type == "cuda":
+            self.run(way)  # what a library allocates once is not the loss's
         self.hidden.grad = self.weight.grad = None
         gc.collect()
         measure = peak_cuda if self.device.type == "cuda" else peak_cpu
         bytes_held = measure(lambda: self.run(way) and None)
         kept = sum(t.grad.numel() * t.grad.element_size() for t in (self.hidden, self.weight))
         return bytes_held - kept
+
+
+def memory_at(tokens: int, vocabulary: int, hidden: tuple[int, int], chunk: int) -> dict:
+    """Memory of the loss in bf16 on the CPU, at a size where the naive loss does not fit.
+
+    The chunked loss is run at that size. The naive one is run on few tokens; what it holds grows with them along a
+    straight line, which three sizes show, and the line tells what it would hold.
+
+    Raises:
+        SystemExit: The two ways differ, or the three sizes lie on no straight line.
+    """
+    device = torch.device("cpu")
+    sizes = [256, 512, 768]
+    naive, off = [], None
+    for few in sizes:
+        loss = LossAlone(few, vocabulary, hidden, device, 64, torch.bfloat16)
+        off = off or loss.check()
+        naive.append(loss.peak("naive"))
+        del loss
+        gc.collect()
+    slope = (naive[2] - naive[0]) / (sizes[2] - sizes[0])
+    expected = naive[0] + slope * (sizes[1] - sizes[0])
+    if abs(naive[1] - expected) > 0.01 * naive[1]:
+        raise SystemExit(f"the naive loss's memory at {sizes} tokens, {naive} bytes, lies on no straight line")
+    chunked = LossAlone(tokens, vocabulary, hidden, device, chunk, torch.bfloat16).peak("chunked")
+    whole = naive[0] + slope * (tokens - sizes[0])
+    return {
+        "dtype": "bfloat16",
+        "tokens": tokens,
+        "vocabulary": vocabulary,
+        "hidden": hidden,
+        "chunk": chunk,
+        "relative_difference_to_naive": off,
+        "naive_measured_bytes": dict(zip(map(str, sizes), naive, strict=True)),
+        "naive_extrapolated_bytes": round(whole),
+        "chunked_bytes": chunked,
+        "ratio": chunked / whole,
+    }

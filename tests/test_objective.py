@@ -1,112 +1,58 @@
-"""The joint loss in chunks, every scheme, several bases and the cache: each against plain autograd on whole logits."""
-
-import json
+"""The objective on whole logits, and the same from hidden states in chunks: values, gradients, memory."""
 
 import pytest
 import torch
+from objective_tools import NORMS, VOCAB
 from torch.nn import functional
 
-from ivl_vllm.training.base_cache import META_NAME, BaseCache, split_examples
-from ivl_vllm.training.frozen_bases import FrozenBases
-from ivl_vllm.training.joint_loss import JointLoss
-from ivl_vllm.training.objective import chunked_loss, residual_terms, sum_terms, terms_and_gradient
-from ivl_vllm.training.schemes import Tap, expected_embedding, reads_base, why_not_chunked
-
-NORMS = ["l1", "l2", "none"]
-SCHEMES = ["residual", "cascade", "cascade+text"]
-VOCAB = 29
+from ivl_vllm.training.chunked_loss import chunked_loss, terms_and_gradient
+from ivl_vllm.training.objective import answer_mask, join_residual, norm_mask, residual_terms, sum_terms, value_norm
+from ivl_vllm.training.schemes import reads_base
 
 
-def sizes(vocab, tied, **more):
-    return {
-        "vocab_size": vocab,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": 64,
-        **more,
-    }
+@pytest.mark.parametrize("norm", ["l1", "l2", "none"])
+@pytest.mark.parametrize("value_columns", [11, 8, 14])
+def test_loss_and_gradient_equal_the_naive_ones(norm, value_columns):
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(5, 11, generator=generator)
+    value = torch.randn(5, value_columns, generator=generator, requires_grad=True)
+    labels = torch.tensor([0, 3, 7, 2, 5])
+    ce, size, joined = residual_terms(base, value, labels, norm)
+    (ce.mean() + 0.7 * size.mean()).backward()
 
-
-def llama(vocab=VOCAB, tied=False, seed=0, **more):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**sizes(vocab, tied, hidden_size=20, head_dim=8, **more)))
-
-
-def qwen2(vocab=VOCAB, tied=True, seed=1, **more):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**sizes(vocab, tied, **more)))
-
-
-def gemma(kind):
-    """Gemma's embeddings are scaled, in the layer itself (3) or after it (1, 2); the logits of 2 are capped."""
-    import transformers
-
-    torch.manual_seed(2)
-    config = getattr(transformers, f"{kind}Config")(**sizes(VOCAB, True, head_dim=8, pad_token_id=0))
-    return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
-
-
-def make_batch(seed=5, rows=3, length=11):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 20, (rows, length), generator=generator)
-    labels, attention = ids.clone(), torch.ones_like(ids)
-    for row in range(rows):
-        labels[row, : 3 + row] = -100
-        if row:
-            labels[row, -row:] = -100
-            attention[row, -row:] = 0
-    labels[0, 7] = -100
-    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
-
-
-def naive(value, base_logits, batch, scheme, norm, weight):
-    """Summed loss on whole logits; `base_logits` is [B, T, V_base]."""
-    inputs = {"attention_mask": batch["attention_mask"]}
-    if scheme == "residual":
-        inputs["input_ids"] = batch["input_ids"]
-    else:
-        layer = value.get_input_embeddings()
-        shared = min(layer.num_embeddings, base_logits.shape[-1])
-        table = layer(torch.arange(layer.num_embeddings))[:shared]
-        inputs["inputs_embeds"] = base_logits.float().softmax(-1)[..., :shared] @ table
-        if scheme == "cascade+text":
-            inputs["inputs_embeds"] = inputs["inputs_embeds"] + layer(batch["input_ids"])
-    logits = value(**inputs).logits[:, :-1]
-    keep = batch["labels"][:, 1:] != -100
-    labels = batch["labels"][:, 1:][keep]
-    return sum_terms(residual_terms(base_logits[:, :-1][keep], logits[keep], labels, norm), labels, weight)
-
-
-def gradients(value, total):
-    value.zero_grad()
+    naive = value.detach().double().requires_grad_(True)
+    shared = min(11, value_columns)
+    total = 0.0
+    for row in range(5):
+        z = [base[row, j].double() + (naive[row, j] if j < shared else 0.0) for j in range(11)]
+        exponentials = torch.stack([torch.exp(entry) for entry in z])
+        total = total - torch.log(exponentials[labels[row]] / exponentials.sum()) / 5
+        columns = naive[row, :shared]
+        if norm == "l1":
+            total = total + 0.7 * sum(entry.abs() for entry in columns) / shared / 5
+        elif norm == "l2":
+            total = total + 0.7 * sum(entry**2 for entry in columns) / shared / 5
     total.backward()
-    return {name: p.grad.clone() for name, p in value.named_parameters() if p.grad is not None}
+    assert (ce.mean() + 0.7 * size.mean()).item() == pytest.approx(total.item(), rel=1e-5)
+    torch.testing.assert_close(value.grad, naive.grad.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(joined[:, :shared], base[:, :shared] + value.detach()[:, :shared])
+    assert joined.shape == (5, 11)
 
 
-def assert_same(value, sums, expected):
-    """Values and gradients of two losses of one network."""
-    torch.testing.assert_close(torch.stack(sums).detach(), torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
-    wanted, found = gradients(value, expected.total / 7), gradients(value, sums.total / 7)
-    assert wanted.keys() == found.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+def test_join_leaves_the_base_where_the_value_has_no_column_and_works_in_fp32():
+    joined = join_residual(torch.ones(2, 4, dtype=torch.bfloat16), torch.full((2, 3), 2.0, dtype=torch.float16))
+    assert joined.dtype == torch.float32
+    assert joined.tolist() == [[3.0, 3.0, 3.0, 1.0]] * 2
 
 
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+def test_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="'l3'"):
+        value_norm(torch.zeros(1, 2), "l3")
 
 
-# --- the chunked loss on its own
+def test_answer_positions_are_the_ones_before_an_answer_token():
+    labels = torch.tensor([[-100, -100, 5, 6, -100], [-100, 7, -100, -100, -100]])
+    assert answer_mask(labels).tolist() == [[False, True, True, False, False], [True, False, False, False, False]]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -204,267 +150,69 @@ def test_a_chunk_compiles_without_a_graph_break_for_any_number_of_rows(norm):
     compiled = torch.compile(terms_and_gradient, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (7, 3):
         base, value, labels = torch.randn(rows, 12), torch.randn(rows, 9), torch.arange(rows)
-        found = compiled(base.clone(), value, labels, norm, 0.5, True)
-        wanted = terms_and_gradient(base.clone(), value, labels, norm, 0.5, True)
+        found = compiled(base.clone(), value, labels, norm, torch.tensor(0.5), True)
+        wanted = terms_and_gradient(base.clone(), value, labels, norm, torch.tensor(0.5), True)
         for left, right in zip(found, wanted):
             torch.testing.assert_close(left, right)
 
 
-def test_bf16_autocast_follows_the_whole_logits():
-    base, value, batch = llama(), qwen2(), make_batch()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        sums, _ = JointLoss(value, FrozenBases([base]), norm_weight=0.3, chunk=5)(value, dict(batch), 0)
-        plain = naive(value, logits_of(base, batch), batch, "residual", "l1", 0.3)
-    found, wanted = gradients(value, sums.total), gradients(value, plain.total)
-    assert sums.total.dtype == torch.float32
-    torch.testing.assert_close(sums.total, plain.total, rtol=2e-3, atol=0)
-    for name in wanted:
-        difference = (found[name] - wanted[name]).norm() / wanted[name].norm()
-        assert difference < 0.02, name
+# --- where the norm is taken
 
 
-# --- schemes, on two architectures
+def test_norm_positions_are_the_answers_or_all_but_padding_and_blank_rows():
+    labels = torch.tensor([[-100, -100, 5, 6, -100, -100], [-100, 7, -100, -100, -100, -100], [-100] * 6])
+    attention = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]])
+    answers = answer_mask(labels)
+    assert norm_mask("answer", answers, {"attention_mask": attention}) is answers
+    found = norm_mask("all", answers, {"attention_mask": attention})
+    assert found.int().tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [0] * 6]
+    # One packed row: an example of four tokens, a blank one of three, one of two, and padding.
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 0]])
+    labels = torch.tensor([[-100, -100, 5, 6, -100, -100, -100, -100, 7, -100, -100]])
+    found = norm_mask("all", answer_mask(labels), {"position_ids": position_ids})
+    assert found.int().tolist() == [[1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0]]
+    with pytest.raises(ValueError, match="'prompt'.*answer or all"):
+        norm_mask("prompt", answers, {})
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("tied", "padding"), [(True, 0), (False, 7), (True, -3)])
-def test_every_scheme_equals_autograd_on_the_naive_loss(scheme, norm, tied, padding):
-    base, value, batch = llama(), qwen2(VOCAB + padding, tied=tied), make_batch()
-    loss = JointLoss(value, FrozenBases([base]), scheme=scheme, norm=norm, norm_weight=0.7, chunk=4)
-    sums, count = loss(value, dict(batch), 0)
-    assert count == int((batch["labels"][:, 1:] != -100).sum())
-    assert_same(value, sums, naive(value, logits_of(base, batch), batch, scheme, norm, 0.7))
-    assert all(p.grad is None for p in base.parameters())
-    # The taps are gone: the network is again what it was.
-    assert value(batch["input_ids"]).logits.shape == (3, 11, VOCAB + padding)
+@pytest.mark.parametrize("value_columns", [VOCAB - 4, VOCAB + 6])
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_further_positions_count_in_the_norm_alone(norm, value_columns, chunk):
+    generator = torch.Generator().manual_seed(1)
 
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("kind", ["Gemma", "Gemma3Text", "Gemma2"])
-def test_models_that_scale_embeddings_or_cap_logits(scheme, kind):
-    """As base and as value; a capped network takes the way of whole logits, the other one stays chunked."""
-    unusual, plain, batch = gemma(kind).eval(), qwen2(), make_batch()
-    for base, value in ((plain, unusual), (unusual, plain)):
-        value.requires_grad_(True)
-        loss = JointLoss(value, FrozenBases([base]), scheme=scheme, chunk=4)
-        assert len(loss.notes()) == (kind == "Gemma2")
-        sums, _ = loss(value, dict(batch), 0)
-        assert_same(value, sums, naive(value, logits_of(base, batch), batch, scheme, "l1", 1.0))
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradient_checkpointing_changes_nothing(scheme):
-    base, value, batch = llama(), qwen2(), make_batch()
-    wanted = naive(value, logits_of(base, batch), batch, scheme, "l1", 1.0)
-    value.train()
-    value.gradient_checkpointing_enable()
-    sums, _ = JointLoss(value, FrozenBases([base]), scheme=scheme, chunk=4)(value, dict(batch), 0)
-    assert_same(value, sums, wanted)
-
-
-def test_cascade_never_holds_the_probabilities_of_all_positions():
-    table = torch.randn(9, 4, requires_grad=True)
-    logits, calls = torch.randn(10, 12), []
-
-    def base_logits(start, stop):
-        calls.append(stop - start)
-        return logits[start:stop].clone()
-
-    found = expected_embedding(table, base_logits, 12, 10, chunk=4)
-    wanted = logits.softmax(-1)[:, :9] @ table
-    torch.testing.assert_close(found, wanted)
-    upstream = torch.randn(10, 4)
-    left, right = torch.autograd.grad(found, table, upstream), torch.autograd.grad(wanted, table, upstream)
-    torch.testing.assert_close(left, right)
-    assert calls == [4, 4, 2] * 2
-
-
-def test_output_layers_that_are_not_plain_are_told():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    assert why_not_chunked(llama()) is None
-    assert why_not_chunked(GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1))) is None
-    model = qwen2()
-
-    class Adapter(torch.nn.Linear):
-        pass
-
-    model.lm_head = Adapter(16, VOCAB)
-    assert "a Adapter" in why_not_chunked(model)
-
-
-def test_tap_restores_what_was_there_even_after_an_error():
-    layer = torch.nn.Linear(2, 2)
-    own = layer(torch.ones(1, 2))
-    with pytest.raises(KeyError), Tap(layer).doing(lambda x: x * 0):
-        assert layer(torch.ones(1, 2)).abs().sum() == 0
-        raise KeyError
-    assert torch.equal(layer(torch.ones(1, 2)), own)
-    assert "forward" not in layer.__dict__
-    # Another library may have put its own forward there.
-    layer.forward = lambda x: x + 1
-    with Tap(layer).doing(lambda x: x):
-        pass
-    assert layer(torch.zeros(1, 2)).tolist() == [[1.0, 1.0]]
-
-
-# --- several bases, temperature, noise
-
-
-def test_averaged_bases_temperature_and_their_padding():
-    first, second, value, batch = llama(), qwen2(VOCAB + 3, seed=7), qwen2(), make_batch()
-    bases = FrozenBases([first, second], "average", temperature=2.5)
-    mean = (logits_of(first, batch) + logits_of(second, batch)[..., :VOCAB]) / 2 / 2.5
-    for scheme in SCHEMES:
-        value.train()
-        sums, _ = JointLoss(value, bases, scheme=scheme, chunk=4)(value, dict(batch), 0)
-        assert_same(value, sums, naive(value, mean, batch, scheme, "l1", 1.0))
-        # Held-out losses are of the first base as it is.
-        value.eval()
-        sums, _ = JointLoss(value, bases, scheme=scheme, chunk=4)(value, dict(batch), 0)
-        assert_same(value, sums, naive(value, logits_of(first, batch), batch, scheme, "l1", 1.0))
-
-
-def test_each_step_draws_one_base_that_seed_and_step_alone_decide():
-    first, second, value, batch = llama(), qwen2(seed=7), qwen2(), make_batch()
-    bases = FrozenBases([first, second], "draw", seed=3)
-    drawn = [bases.chosen(step, True) for step in range(60)]
-    assert {len(indices) for indices in drawn} == {1}
-    assert 15 < sum(index for (index,) in drawn) < 45
-    torch.manual_seed(99)
-    assert drawn == [FrozenBases([first, second], "draw", seed=3).chosen(step, True) for step in range(60)]
-    assert drawn != [FrozenBases([first, second], "draw", seed=4).chosen(step, True) for step in range(60)]
-    value.train()
-    for step in range(4):
-        sums, _ = JointLoss(value, bases, chunk=4)(value, dict(batch), step)
-        chosen = (first, second)[drawn[step][0]]
-        assert_same(value, sums, naive(value, logits_of(chosen, batch), batch, "residual", "l1", 1.0))
-
-
-def test_noise_has_its_size_repeats_in_the_backward_pass_and_spares_evaluation():
-    base, value, batch = llama(), qwen2(), make_batch()
-    bases = FrozenBases([base], noise=0.5)
-    mask = torch.ones(3, 11, dtype=torch.bool)
-    inputs = {"input_ids": batch["input_ids"]}
-    rows = bases.rows(inputs, mask, 0, True)
-    clean = bases.rows(inputs, mask, 0, False)(0, 33)
-    noise = rows(0, 33) - clean
-    assert noise.std().item() == pytest.approx(0.5, rel=0.1)
-    assert abs(noise.mean().item()) < 0.05
-    assert torch.equal(rows(4, 9), rows(4, 9))
-    assert not torch.equal(rows(0, 33), bases.rows(inputs, mask, 0, True)(0, 33))
-    assert not torch.equal(rows.at(mask.flatten())(0, 33), rows(0, 33))
-    # The same draw from the same state of the host's generator, which checkpoints keep.
-    value.train()
-    for scheme in SCHEMES:
-        loss = JointLoss(value, bases, scheme=scheme, chunk=4)
-        torch.manual_seed(5)
-        one, _ = loss(value, dict(batch), 0)
-        torch.manual_seed(5)
-        two, _ = loss(value, dict(batch), 0)
-        assert one.total == two.total
-    value.eval()
-    sums, _ = JointLoss(value, bases, chunk=4)(value, dict(batch), 0)
-    assert_same(value, sums, naive(value, logits_of(base, batch), batch, "residual", "l1", 1.0))
-
-
-def test_gradient_of_a_noisy_cascade_is_that_of_its_own_noise():
-    """Finite differences: the backward pass computes the noisy probabilities again."""
-    base, value, batch = llama(), qwen2(tied=False).double(), make_batch()
-    loss = JointLoss(value.train(), FrozenBases([base.double()], noise=0.5), scheme="cascade", norm="l2", chunk=4)
-    parameter = value.get_input_embeddings().weight
-
-    def total():
-        torch.manual_seed(5)
-        return loss(value, dict(batch), 0)[0].total
-
-    gradient = gradients(value, total())["model.embed_tokens.weight"]
-    direction, step = gradient / gradient.norm(), 1e-2
-    with torch.no_grad():
-        parameter += step * direction
-        above = total()
-        parameter -= 2 * step * direction
-        below = total()
-    assert ((above - below) / (2 * step)).item() == pytest.approx(gradient.norm().item(), rel=1e-2)
-
-
-# --- the cache
-
-
-def test_cache_gives_the_uncached_losses_and_runs_the_base_once(tmp_path, monkeypatch):
-    base, value = llama(), qwen2()
-    batches = [make_batch(seed) for seed in (1, 2)]
-    bases = FrozenBases([base])
-    plain = [JointLoss(value, bases, chunk=4)(value, dict(batch), 0)[0] for batch in batches]
-    cache = BaseCache(tmp_path / "c", bases, shard_bytes=700)
-    loss = JointLoss(value, bases, chunk=4, cache=cache)
-    for _ in range(2):
-        for batch, wanted in zip(batches, plain):
-            assert torch.equal(torch.stack(loss(value, dict(batch), 0)[0]), torch.stack(wanted))
-    assert (cache.computed, cache.read) == (6, 6)
-    cache.flush()
-    cache.flush()
-    assert len(list((tmp_path / "c").glob("*.safetensors"))) >= 1
-    assert not list((tmp_path / "c").glob("*.partial"))
-
-    # Another run, other batches of the same examples, and a base that must not run.
-    again = BaseCache(tmp_path / "c", bases)
-    monkeypatch.setattr(bases, "features", None)
-    mixed = {name: torch.stack([batches[1][name][2], batches[0][name][0]]) for name in batches[0]}
-    sums, _ = JointLoss(value, bases, chunk=4, cache=again)(value, dict(mixed), 0)
-    assert_same(value, sums, naive(value, logits_of(base, mixed), mixed, "residual", "l1", 1.0))
-    assert (again.computed, again.read) == (0, 2)
-
-
-def test_cache_sees_through_padding_and_packing():
-    ids = torch.arange(1, 9)
-    mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0]).bool()
-    packed = split_examples(
-        {"input_ids": ids[None], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])}, mask[None]
+    base, labels = random(5, VOCAB), torch.randint(VOCAB - 4, (5,), generator=generator)
+    leaves = [leaf.requires_grad_() for leaf in (random(12, 8), random(value_columns, 8), random(value_columns))]
+    found = chunked_loss(
+        *leaves, lambda i, j: base[i:j].clone(), VOCAB, labels, norm=norm, norm_weight=0.7, chunk=chunk
     )
-    padded = split_examples(
-        {
-            "input_ids": torch.tensor([[1, 2, 3, 4, 0], [5, 6, 7, 8, 0]]),
-            "attention_mask": torch.tensor([[1, 1, 1, 1, 0]] * 2),
-        },
-        torch.tensor([[0, 1, 1, 0, 0], [0, 1, 0, 0, 0]]).bool(),
-    )
-    assert packed == padded
-    assert [count for _, count in packed] == [2, 1]
-    other_answers = split_examples({"input_ids": ids[None]}, ~mask[None])
-    assert {name for name, _ in other_answers}.isdisjoint(name for name, _ in packed)
+    logits = functional.linear(*leaves)
+    columns = logits[:, : min(VOCAB, value_columns)]
+    ce = functional.cross_entropy(join_residual(base, logits[:5]), labels, reduction="sum")
+    size = {"l1": columns.abs(), "l2": columns**2, "none": columns * 0}[norm].mean(-1).sum()
+    torch.testing.assert_close(torch.stack(found[:3]), torch.stack([ce + 0.7 * size, ce, size]), rtol=1e-5, atol=1e-5)
+    assert found.positions == 12
+    gradients = torch.autograd.grad(ce + 0.7 * size, leaves)
+    for left, right in zip(torch.autograd.grad(found.total, leaves), gradients):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    assert (gradients[0][5:].abs().sum() > 0) == (norm != "none")
 
 
-def test_cache_is_refused_where_it_would_be_wrong(tmp_path):
-    base, value = llama(), qwen2()
-    bases = FrozenBases([base])
-    cache = BaseCache(tmp_path / "c", bases)
-    for scheme in SCHEMES[1:]:
-        with pytest.raises(ValueError, match=f"--cache_base .*--scheme {scheme.replace('+', '.')}"):
-            JointLoss(value, bases, scheme=scheme, cache=cache)
-    with pytest.raises(ValueError, match="leave --more_bases out"):
-        BaseCache(tmp_path / "d", FrozenBases([base, value]))
-    with pytest.raises(ValueError, match="made with another base"):
-        BaseCache(tmp_path / "c", FrozenBases([llama(seed=9)]))
-    with pytest.raises(ValueError, match="made with another dtype"):
-        BaseCache(tmp_path / "c", bases, dtype="bfloat16")
-    capped = FrozenBases([gemma("Gemma2")])
-    with pytest.raises(ValueError, match="whole logits: it scales or caps"):
-        JointLoss(value, capped, cache=BaseCache(tmp_path / "e", capped))
-    (tmp_path / "f").write_text("")
-    with pytest.raises(ValueError, match="a file is in the way"):
-        BaseCache(tmp_path / "f", bases)
-    (tmp_path / "c" / META_NAME).write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
-        BaseCache(tmp_path / "c", bases)
-    (tmp_path / "g").mkdir()
-    (tmp_path / "g" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="it is no cache"):
-        BaseCache(tmp_path / "g", bases)
-    broken = tmp_path / "h"
-    BaseCache(broken, bases)
-    assert json.loads((broken / META_NAME).read_text())["dtype"] == "auto"
-    (broken / "x.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="no safetensors file"):
-        BaseCache(broken, bases)
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_a_chunk_of_further_positions_compiles_and_is_not_compiled_anew_for_another_weight(norm):
+    """The weight of the norm at all positions differs from step to step."""
+    count = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(terms_and_gradient, fullgraph=True, dynamic=True, backend=count)
+    labels = torch.arange(4)
+    for weight in map(torch.tensor, (0.5, 0.25, 0.7, 0.3)):
+        value = torch.randn(4, 9)
+        for base in (None, torch.randn(4, 12)):
+            copies = (None, None) if base is None else (base.clone(), base.clone())
+            found = compiled(copies[0], value, labels, norm, weight, True)
+            wanted = terms_and_gradient(copies[1], value, labels, norm, weight, True)
+            for left, right in zip(found, wanted):
+                torch.testing.assert_close(left, right)
+    assert count.frame_count <= 4

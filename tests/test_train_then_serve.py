@@ -1,10 +1,14 @@
 """From demonstrations to served answers: `ivl train` writes the folder, vLLM serves it, the reference agrees."""
 
 import json
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from parity import Reference, assert_parity, engine, random_requests, run
+from test_server import serve
 
 import ivl_vllm
 from ivl_vllm.cli import main
@@ -23,8 +27,42 @@ def losses(model, rows, tokenizer):
     return total / count
 
 
-@pytest.mark.parametrize("scheme", ["residual", "cascade+text"])
-def test_a_trained_value_network_is_served_as_it_was_trained(models, tmp_path, scheme):
+def through_an_engine(base, value, requests):
+    """vLLM in this process."""
+    with engine(base, **ivl_vllm.engine_args(value_model=str(value))) as llm:
+        return run(llm, requests)
+
+
+def through_a_server(base, value, requests):
+    """`vllm serve` as the model card tells it, and HTTP requests, eight at a time."""
+    settings = json.dumps({"ivl": {"value_model": str(value)}})
+
+    def ask(request):
+        ivl = request.ivl
+        if isinstance(ivl, dict):
+            ivl = ",".join(f"{name}={weight}" for name, weight in ivl.items())
+        body = {"model": "base", "prompt": request.prompt, "temperature": 0, "ignore_eos": True, **request.params}
+        body |= {"return_token_ids": True} | ({} if ivl in (..., "") else {"vllm_xargs": {"ivl": ivl}})
+        http = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(http, timeout=120) as answer:
+            (choice,) = json.load(answer)["choices"]
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=choice["token_ids"])])
+
+    with (
+        serve(base, "--logits-processor", "ivl", "--additional-config", settings) as url,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        return list(pool.map(ask, requests))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "through"),
+    [("residual", through_a_server), ("cascade+text", through_an_engine)],
+    ids=["residual, HTTP", "cascade+text, in process"],
+)
+def test_a_trained_value_network_is_served_as_it_was_trained(models, tmp_path, scheme, through):
     from transformers import AutoTokenizer
 
     names = ["fox", "dog", "world", "quick", "brown", "lazy", "user", "system"]
@@ -46,6 +84,4 @@ def test_a_trained_value_network_is_served_as_it_was_trained(models, tmp_path, s
     requests = random_requests(20, seed=67, last_arrival=5)
     for request, row in zip(requests, held_out):
         request.prompt = tokenizer(row["prompt"])["input_ids"]
-    with engine(models["base"], **ivl_vllm.engine_args(value_model=str(output))) as llm:
-        outputs = run(llm, requests)
-    assert_parity(reference, requests, outputs)
+    assert_parity(reference, requests, through(models["base"], output, requests))

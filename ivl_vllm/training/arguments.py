@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ivl_vllm.training.ivl_config import SCHEMES
+from ivl_vllm.training.ivl_config import BASE_MIXES, NORM_POSITIONS, NORMS, SCHEMES
 
 
 @dataclass
@@ -69,12 +69,19 @@ class ValueArguments:
     norm: Literal["l1", "l2", "none"] = field(
         default="l1",
         metadata={
-            "help": "Norm that keeps the value network small and so lets it fit other bases: mean |V(x)| over answer "
+            "help": "Norm that keeps the value network small and so lets it fit other bases: mean |V(x)| over "
             "positions and vocabulary (l1), mean V(x)² (l2), or none."
         },
     )
     norm_weight: float = field(
         default=1.0, metadata={"help": "λ, the weight of the norm in the loss.", "aliases": ["--lambda"]}
+    )
+    norm_positions: Literal["answer", "all"] = field(
+        default="answer",
+        metadata={
+            "help": "Where the norm is taken: at the answer tokens, or at all tokens, prompts too but no padding, "
+            "which costs their value logits. The cross-entropy is of the answer tokens in both."
+        },
     )
     scheme: Literal["residual", "cascade", "cascade+text"] = field(
         default="residual",
@@ -116,16 +123,19 @@ class ValueArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.norm not in ("l1", "l2", "none"):
-            raise ValueError(f"--norm is {self.norm!r}; expected l1, l2 or none")
-        if self.save_dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"--save_dtype is {self.save_dtype!r}; expected auto, float32, bfloat16 or float16")
+        for name, words in (
+            ("norm", NORMS),
+            ("norm_positions", NORM_POSITIONS),
+            ("scheme", SCHEMES),
+            ("base_mix", BASE_MIXES),
+            ("long_examples", ("truncate", "drop")),
+            ("save_dtype", ("auto", "float32", "bfloat16", "float16")),
+        ):
+            # argparse checks flags, nobody the YAML file.
+            if (given := getattr(self, name)) not in words:
+                raise ValueError(f"--{name} is {given!r}; expected {', '.join(words[:-1])} or {words[-1]}")
         if not math.isfinite(self.norm_weight) or self.norm_weight < 0:
             raise ValueError(f"--norm_weight is {self.norm_weight}; expected a finite number that is not negative")
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"--scheme is {self.scheme!r}; expected {', '.join(SCHEMES)}")
-        if self.base_mix not in ("draw", "average"):
-            raise ValueError(f"--base_mix is {self.base_mix!r}; expected draw or average")
         if not math.isfinite(self.base_temperature) or self.base_temperature <= 0:
             raise ValueError(f"--base_temperature is {self.base_temperature}; expected a finite number above 0")
         if not math.isfinite(self.base_noise) or self.base_noise < 0:
@@ -141,8 +151,6 @@ class ValueArguments:
             raise ValueError("--cache_base keeps one base's hidden states; leave it or --more_bases out")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"--eval_fraction is {self.eval_fraction}; expected a share from 0 to below 1")
-        if self.long_examples not in ("truncate", "drop"):
-            raise ValueError(f"--long_examples is {self.long_examples!r}; expected truncate or drop")
         if self.init and self.init_config:
             raise ValueError("--init and --init_config were both given; keep one of them")
         if self.lora_rank < 0:

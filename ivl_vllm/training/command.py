@@ -8,55 +8,18 @@ from typing import Any
 
 import transformers
 import trl
-from trl import TrlParser
 
 from ivl_vllm.training import curves, models
-from ivl_vllm.training.arguments import ValueArguments
 from ivl_vllm.training.data import read_examples, split_examples, to_dataset
+from ivl_vllm.training.folders import list_checkpoints
 from ivl_vllm.training.frozen_bases import load_more_bases
 from ivl_vllm.training.ivl_config import IVLConfig
 from ivl_vllm.training.lora import add_lora
 from ivl_vllm.training.model_card import Card, serve_command
+from ivl_vllm.training.parsing import parse
 from ivl_vllm.training.preparation import Limits, check_packing
-from ivl_vllm.training.saving import list_checkpoints
-from ivl_vllm.training.trainer import TrainerArguments, ValueTrainer
+from ivl_vllm.training.trainer import ValueTrainer
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
-
-
-class _Parser(TrlParser):
-    """TRL's parser, which also takes aliases (`output`, `lr`, …) in the YAML file and raises instead of exiting."""
-
-    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        names = {
-            option.lstrip("-").replace("-", "_"): action.dest
-            for action in self._actions
-            for option in action.option_strings
-            if not option.startswith(("--no_", "--no-"))
-        }
-        for key in kwargs:
-            if key.replace("-", "_") not in names:
-                raise ValueError(f"--config: unknown setting {key!r}")
-        return super().set_defaults_with_config(**{names[key.replace("-", "_")]: v for key, v in kwargs.items()})
-
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see: ivl train --help)")
-
-
-def parse(argv: Sequence[str]) -> tuple[ValueArguments, TrainerArguments]:
-    """Read flags, and a YAML file of the same names where `--config FILE` is among them; flags win.
-
-    Raises:
-        ValueError: An unknown or missing setting, or a value out of range.
-    """
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    parser = _Parser((ValueArguments, TrainerArguments), prog="ivl train")
-    try:
-        value_args, args = parser.parse_args_and_config(words)
-    except OSError as error:
-        raise ValueError(f"--config {error.filename}: {error.strerror}") from error
-    except IndexError as error:
-        raise ValueError("--config needs the path of a YAML file") from error
-    return value_args, args
 
 
 @dataclass
@@ -106,7 +69,8 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     value_args, args = parse(argv)
     base_name = models.locate_model(value_args.base, "--base")
     flag = "--init" if value_args.init else "--base"
-    init_name = models.locate_model(value_args.init or value_args.base, flag)
+    init_name = models.locate_model(value_args.init, flag) if value_args.init else base_name
+    more_names = [models.locate_model(name, "--more_bases") for name in value_args.more_bases or ()]
     output = _check_output(args.output_dir, (base_name, init_name))
     args.resume_from_checkpoint = _check_checkpoint(output, args.resume_from_checkpoint)
     train, held_out = split_examples(read_examples(value_args.data), value_args.eval_fraction, args.seed)
@@ -129,7 +93,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
             "--chat_template_path, or write the data as plain prompt and completion"
         )
     base = models.load_base(base_name)
-    more_bases = load_more_bases(value_args.more_bases or (), tokenizer)
+    more_bases = load_more_bases(more_names, tokenizer)
     if value_args.init_config:
         value, stored_dtype = models.build_value(value_args.init_config, base, args.seed, value_args.zero_output_layer)
     else:
@@ -143,6 +107,11 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
         scheme=value_args.scheme,
         norm=value_args.norm,
         norm_weight=value_args.norm_weight,
+        norm_positions=value_args.norm_positions,
+        more_bases=more_names,
+        base_mix=value_args.base_mix,
+        base_temperature=value_args.base_temperature,
+        base_noise=value_args.base_noise,
         vocab_size=vocab_size,
         vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
         versions=_versions(),
@@ -161,7 +130,6 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
             "epochs": args.num_train_epochs if args.max_steps < 0 else f"{args.max_steps} steps",
             "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
-            **_base_settings(value_args),
         },
     )
     trainer = ValueTrainer(
@@ -169,6 +137,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
         base,
         norm=value_args.norm,
         norm_weight=value_args.norm_weight,
+        norm_positions=value_args.norm_positions,
         scheme=value_args.scheme,
         more_bases=more_bases,
         base_mix=value_args.base_mix,
@@ -203,18 +172,6 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
             flush=True,
         )
     return TrainingRun(trainer, output, value_args.save_dtype, stored_dtype)
-
-
-def _base_settings(value_args: ValueArguments) -> dict[str, Any]:
-    """What was done to the bases, for the model card, as far as it is not the default."""
-    settings: dict[str, Any] = {}
-    if value_args.more_bases:
-        settings |= {"more_bases": ", ".join(value_args.more_bases), "base_mix": value_args.base_mix}
-    if value_args.base_temperature != 1:
-        settings["base_temperature"] = value_args.base_temperature
-    if value_args.base_noise:
-        settings["base_noise"] = value_args.base_noise
-    return settings
 
 
 def _describe(trainer: ValueTrainer, card: Card, folder: Path, place: Path) -> None:

@@ -177,7 +177,7 @@ def load_more_bases(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) ->
     """The bases of `--more_bases`, each in the dtype that it has on disk.
 
     Args:
-        names: Folders or hub ids.
+        names: Folders or hub ids, as `models.locate_model` returns them.
         tokenizer: That of `--base`; each must have its vocabulary.
 
     Raises:
@@ -185,11 +185,10 @@ def load_more_bases(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) ->
     """
     found = []
     for name in names:
-        place = models.locate_model(name, "--more_bases")
-        other = models.load_tokenizer(place, "--more_bases")
+        other = models.load_tokenizer(name, "--more_bases")
         if vocabulary_fingerprint(other) != vocabulary_fingerprint(tokenizer):
             raise ValueError(f"--more_bases {name}: its vocabulary is not that of --base")
-        found.append(models._load(AutoModelForCausalLM, place, "--more_bases", dtype="auto"))
+        found.append(models._load(AutoModelForCausalLM, name, "--more_bases", dtype="auto"))
     return found
 
 

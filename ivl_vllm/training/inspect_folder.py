@@ -44,7 +44,7 @@ def describe(folder: str | Path) -> str:
     rows["dtype"] = ", ".join(dtypes)
     rows["vocabulary"] = f"{vocab_size:,} columns"
     if config is not None:
-        rows["norm"] = "none" if config.norm == "none" else f"{config.norm}, λ = {config.norm_weight:g}"
+        rows.update(config.describe_training())
         rows["fingerprint"] = _check_fingerprint(path, config)
         if config.vocab_size != vocab_size:
             rows["vocabulary"] += f"; ivl_config.json says {config.vocab_size:,}: MISMATCH"

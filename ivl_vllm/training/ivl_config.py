@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_NAME = "ivl_config.json"
-FORMAT_VERSION = 1
+# Version 1 had none of the fields from `norm_positions` to `base_noise`; their defaults are what it meant.
+FORMAT_VERSION = 2
 SCHEMES = ("residual", "cascade", "cascade+text")
 NORMS = ("l1", "l2", "none")
+NORM_POSITIONS = ("answer", "all")
+BASE_MIXES = ("draw", "average")
+_READABLE = f"versions 1 to {FORMAT_VERSION}"
+_SINCE_VERSION_2 = {"norm_positions", "more_bases", "base_mix", "base_temperature", "base_noise"}
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,15 @@ class IVLConfig:
         scheme: How value and base are joined; `residual` is `z = B0(x) + V(x)`.
         norm: Norm of the regulariser: `l1`, `l2` or `none`.
         norm_weight: Its weight λ.
+        norm_positions: Where it was taken: at `answer` tokens, or at `all` that are no padding.
+        more_bases: Further bases that the value network was trained against.
+        base_mix: With further bases: `draw` took one for each step, `average` the mean of all.
+        base_temperature: What the bases' logits were divided by in training.
+        base_noise: Standard deviation of the noise on the bases' logits in training.
         vocab_size: Columns of the value network's logits.
         vocabulary_fingerprint: `ivl_vllm.vocab.fingerprint.vocabulary_fingerprint` of its tokenizer.
         versions: Package name → version at training time.
-        format_version: Version of this file's layout.
+        format_version: Version of this file's layout; an older one becomes the present one.
 
     Raises:
         ValueError: A field has the wrong type or a value that this version does not know; the message names it.
@@ -36,14 +46,19 @@ class IVLConfig:
     norm_weight: float
     vocab_size: int
     vocabulary_fingerprint: str
+    norm_positions: str = "answer"
+    more_bases: list[str] = field(default_factory=list)
+    base_mix: str = "draw"
+    base_temperature: float = 1.0
+    base_noise: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            self._refuse(
-                "format_version", f"this ivl-vllm reads version {FORMAT_VERSION}: install the one that wrote it"
-            )
+        if self.format_version not in range(1, FORMAT_VERSION + 1):
+            self._refuse("format_version", f"this ivl-vllm reads {_READABLE}: install the one that wrote it")
+        # A frozen dataclass sets its own fields so.
+        object.__setattr__(self, "format_version", FORMAT_VERSION)
         if not isinstance(self.base, str) or not self.base:
             self._refuse("base", "expected the name or folder of the base model")
         if self.scheme not in SCHEMES:
@@ -52,6 +67,16 @@ class IVLConfig:
             self._refuse("norm", f"expected one of {', '.join(NORMS)}")
         if not _is_number(self.norm_weight) or self.norm_weight < 0:
             self._refuse("norm_weight", "expected a finite number that is not negative")
+        if self.norm_positions not in NORM_POSITIONS:
+            self._refuse("norm_positions", f"expected one of {', '.join(NORM_POSITIONS)}")
+        if not isinstance(self.more_bases, list) or not all(isinstance(n, str) and n for n in self.more_bases):
+            self._refuse("more_bases", "expected a list of names or folders of base models")
+        if self.base_mix not in BASE_MIXES:
+            self._refuse("base_mix", f"expected one of {', '.join(BASE_MIXES)}")
+        if not _is_number(self.base_temperature) or self.base_temperature <= 0:
+            self._refuse("base_temperature", "expected a finite number above 0")
+        if not _is_number(self.base_noise) or self.base_noise < 0:
+            self._refuse("base_noise", "expected a finite number that is not negative")
         if not isinstance(self.vocab_size, int) or isinstance(self.vocab_size, bool) or self.vocab_size < 1:
             self._refuse("vocab_size", "expected a positive whole number")
         fingerprint = self.vocabulary_fingerprint
@@ -62,6 +87,22 @@ class IVLConfig:
 
     def _refuse(self, name: str, expected: str) -> None:
         raise ValueError(f"{CONFIG_NAME}: {name} is {getattr(self, name)!r}; {expected}")
+
+    def describe_training(self) -> dict[str, str]:
+        """Readable lines on regularisation and bases, as far as the latter are not the default."""
+        norm = "none"
+        if self.norm != "none":
+            where = ", at all positions" if self.norm_positions == "all" else ""
+            norm = f"{self.norm}, λ = {self.norm_weight:g}{where}"
+        rows = {"norm": norm}
+        if self.more_bases:
+            how = "one drawn for each step" if self.base_mix == "draw" else "logits averaged"
+            rows["further bases"] = f"{', '.join(self.more_bases)} ({how})"
+        if self.base_temperature != 1:
+            rows["base temperature"] = f"{self.base_temperature:g}"
+        if self.base_noise:
+            rows["base noise"] = f"{self.base_noise:g}"
+        return rows
 
     def write(self, folder: str | Path) -> Path:
         """Write `ivl_config.json` into `folder` (which exists) and return its path."""
@@ -92,12 +133,11 @@ class IVLConfig:
             raise ValueError(f"{path} holds no JSON object")
         # Before all else: a later layout has fields that are unknown here, and its version is the thing to name.
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
-                f"{path}: format_version is {version!r}; this ivl-vllm reads {FORMAT_VERSION}: "
-                "install the one that wrote it"
+                f"{path}: format_version is {version!r}; this ivl-vllm reads {_READABLE}: install the one that wrote it"
             )
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - (_SINCE_VERSION_2 if version == 1 else set())
         if unknown := sorted(content.keys() - known):
             raise ValueError(f"{path} has an unknown field: {', '.join(unknown)}")
         if missing := sorted(known - {"versions"} - content.keys()):

@@ -52,11 +52,10 @@ class Card:
         start = f"`{self.init}`" + (", output layer zeroed" if self.zero_output_layer else "")
         if self.lora_rank:
             start += f", trained through a LoRA adapter of rank {self.lora_rank}, merged"
-        norm = "none" if config.norm == "none" else f"{config.norm}, λ = {config.norm_weight:g}"
         rows = {
             "Base it was trained against": f"`{config.base}`",
             "Scheme": f"{config.scheme}: z = B0(x) + {'V(x)' if config.scheme == 'residual' else 'V(e)'}",
-            "Norm": norm,
+            **{name.capitalize(): text for name, text in config.describe_training().items()},
             "Started from": start,
             "Trained parameters": f"{self.parameters:,}",
             "Demonstrations": f"`{self.data}`, {self.examples:,} answers",

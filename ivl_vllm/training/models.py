@@ -31,7 +31,7 @@ def locate_model(name: str, flag: str) -> str:
         The folder's absolute path, or the hub id as it is.
 
     Raises:
-        ValueError: No such folder, or a folder without `config.json`.
+        ValueError: No such folder, a folder without `config.json`, or a hub id that the hub does not give out.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -41,15 +41,44 @@ def locate_model(name: str, flag: str) -> str:
         return str(path.resolve())
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise ValueError(f"{flag} {name}: no such folder")
+    _ask_hub(name, flag)
     return name
+
+
+def _ask_hub(name: str, flag: str) -> None:
+    """Look for a model on the hub once; the loaders would retry for a minute where there is no network."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        return
+    except EntryNotFoundError:
+        reason = "the model of that name on the hub has no config.json"
+    except RepositoryNotFoundError:
+        reason = "no model of that name on the hub, or one that needs a login (hf auth login)"
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status is None or status == 429 or status >= 500:
+            return  # in passing, it seems: the loaders retry
+        reason = f"the hub refuses it: {_first_line(error)}"
+    # The errors of the connection itself depend on the client's version, and are not OSError in all.
+    except Exception as error:
+        reason = f"the hub ({constants.ENDPOINT}) cannot be asked for it: {_first_line(error)}"
+    raise ValueError(f"{flag} {name}: no such folder, and {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _load(loader: Any, name: str, flag: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(name, **kwargs)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{flag} {name}: cannot be loaded: {reason}") from error
+        raise ValueError(f"{flag} {name}: cannot be loaded: {_first_line(error)}") from error
 
 
 def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
@@ -61,8 +90,7 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {reason}") from error
+        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token is None:
         raise ValueError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token), so answers cannot stop")
     return tokenizer
@@ -151,8 +179,7 @@ def build_value(
         set_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--init_config {path}: no causal LM can be built from it: {reason}") from error
+        raise ValueError(f"--init_config {path}: no causal LM can be built from it: {_first_line(error)}") from error
     if zero_output_layer:
         _zero_output_layer(model, f"--init_config {path}")
     stored = content.get("dtype", content.get("torch_dtype")) or "float32"

@@ -1,8 +1,6 @@
-"""Folders that are whole or absent: a run that is killed at any moment leaves its last checkpoint loadable.
+"""What a run writes: checkpoints that can be resumed, and the result, an ordinary folder in the dtype that is wanted.
 
-Everything is written into `.unfinished` inside the output folder, flushed to the disk, and only then renamed into its
-place. A checkpoint is one rename. The output folder itself takes its files one by one; `config.json`, without which
-no loader accepts a folder, goes first and comes last, so that old and new files are never taken for one model.
+`folders` says how they come to be whole or absent.
 """
 
 import json
@@ -13,76 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 
+from ivl_vllm.training.divergence import StopsDiverged
+from ivl_vllm.training.divergence import TrainingDivergedError as TrainingDivergedError
+from ivl_vllm.training.folders import PREFIX, UNFINISHED, list_checkpoints, publish_files, publish_folder
 from ivl_vllm.training.lora import is_lora, merge_state
 
-UNFINISHED = ".unfinished"
 ADAPTER = "adapter"
-_PREFIX = "checkpoint-"
-
-
-class TrainingDivergedError(RuntimeError):
-    """Loss or weights are no longer finite; the message says what is kept and what to change."""
-
-
-def flush_folder(folder: Path) -> None:
-    """Bring every file and folder below `folder` to the disk (fsync)."""
-    for root, _, names in os.walk(folder):
-        for path in (*(os.path.join(root, name) for name in names), root):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
-def publish_folder(stage: Path, target: Path) -> None:
-    """Make `stage` the folder `target` in one step; both lie on one file system.
-
-    Args:
-        stage: A finished folder.
-        target: Its name from now on. What lies there is replaced.
-    """
-    flush_folder(stage)
-    if target.exists():
-        # A folder that is not empty cannot be renamed over. The old one stays whole beside the new one.
-        os.replace(target, stage.with_name(f"replaced-{target.name}"))
-    os.replace(stage, target)
-    flush_folder_entry(target.parent)
-
-
-def flush_folder_entry(folder: Path) -> None:
-    """Bring the list of a folder's names to the disk, and so the renames in it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def publish_files(stage: Path, target: Path) -> None:
-    """Move the files of `stage` into the existing folder `target`, which is no model until the last one is there.
-
-    Args:
-        stage: A finished folder with a `config.json`.
-        target: Folder that takes the files; weights of an earlier run that have no successor are removed.
-    """
-    flush_folder(stage)
-    (target / "config.json").unlink(missing_ok=True)
-    # Else a model in one file would lie beside the shards of an earlier one.
-    for stale in target.glob("model*.safetensors*"):
-        stale.unlink()
-    flush_folder_entry(target)
-    for path in sorted(stage.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, target / path.name)
-    flush_folder_entry(target)
-
-
-def list_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints in an output folder, oldest step first."""
-    found = [path for path in output.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
 
 
 def cast_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -97,7 +32,7 @@ def cast_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
     return result
 
 
-class SafeSaving(Trainer):
+class SafeSaving(StopsDiverged):
     """The saving half of the trainer: atomic folders, merged adapters, a dtype for the result, no broken weights."""
 
     # Set by the trainer: called with (the folder that is being written, the folder that it becomes).
@@ -114,9 +49,9 @@ class SafeSaving(Trainer):
             dtype: Dtype of the written weights. The model itself is left as it is, sharded or not.
 
         Raises:
-            TrainingDivergedError: A weight is not finite; nothing was written.
+            TrainingDivergedError: A step was broken or a weight is not finite; nothing was written.
         """
-        self.check_weights()
+        self.check_finite()
         stage = self._clear_stage(output) / "result"
         self._result_dtype = dtype
         try:
@@ -130,27 +65,6 @@ class SafeSaving(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Value network")
-
-    def check_weights(self) -> None:
-        """Refuse to go on, on every process at once, where a weight of any of them is not finite.
-
-        Raises:
-            TrainingDivergedError: With the last good checkpoint.
-        """
-        local = (getattr(p, "_local_tensor", p) for p in self.model.parameters())
-        broken = sum((~torch.isfinite(p.detach()).all()).float() for p in local)
-        broken = torch.as_tensor(broken, dtype=torch.float32, device=self.args.device)
-        if self.accelerator.reduce(broken, "sum").item():
-            self.stop_diverged("weights are not finite")
-
-    def stop_diverged(self, what: str) -> None:
-        """Raise the error that tells what is kept."""
-        kept = list_checkpoints(Path(self.args.output_dir))
-        tale = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written"
-        raise TrainingDivergedError(
-            f"training diverged: {what} at step {self.state.global_step}; {tale}. "
-            "Lower --learning_rate, lengthen --warmup_steps or lower --max_grad_norm"
-        )
 
     def _clear_stage(self, output: Path) -> Path:
         stage = output / UNFINISHED
@@ -166,9 +80,9 @@ class SafeSaving(Trainer):
         return os.path.join(output, UNFINISHED) if self._staging else output
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.check_weights()
+        self.check_finite()
         output = Path(self._get_output_dir(trial))
-        stage = self._clear_stage(output) / f"{_PREFIX}{self.state.global_step}"
+        stage = self._clear_stage(output) / f"{PREFIX}{self.state.global_step}"
         target = output / stage.name
         self._staging = True
         try:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ivl_vllm.training.chunked_loss import CHUNK, BaseLogits
 from ivl_vllm.training.ivl_config import SCHEMES
-from ivl_vllm.training.objective import CHUNK, BaseLogits
 
 
 def reads_base(scheme: str) -> bool:

@@ -1,7 +1,7 @@
 """The trainer: TRL's `SFTTrainer` with the loss of `objective` and a frozen base beside the model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from trl import SFTConfig
 
 from ivl_vllm.training.arguments import CommonArguments
 from ivl_vllm.training.base_cache import BaseCache, FlushCache
+from ivl_vllm.training.chunked_loss import CHUNK
 from ivl_vllm.training.frozen_bases import FrozenBases
 from ivl_vllm.training.joint_loss import JointLoss
-from ivl_vllm.training.objective import CHUNK
+from ivl_vllm.training.objective import answer_mask, norm_mask
 from ivl_vllm.training.preparation import Limits, Preparation
 from ivl_vllm.training.progress import use_progress_lines
 from ivl_vllm.training.saving import SafeSaving
@@ -45,6 +46,7 @@ class ValueTrainer(SafeSaving, Preparation):
         base: The frozen base; set to eval mode, without gradients, and never changed.
         norm: Norm of the regulariser, see `objective.value_norm`.
         norm_weight: Its weight λ.
+        norm_positions: Where it is taken, see `objective.norm_mask`.
         scheme: What the value network reads, see `schemes`.
         more_bases: Further frozen bases of the same vocabulary.
         base_mix: `draw` or `average`, see `frozen_bases.FrozenBases`.
@@ -71,6 +73,7 @@ class ValueTrainer(SafeSaving, Preparation):
         *,
         norm: str,
         norm_weight: float,
+        norm_positions: str = "answer",
         scheme: str = "residual",
         more_bases: Sequence[PreTrainedModel] = (),
         base_mix: str = "draw",
@@ -87,6 +90,8 @@ class ValueTrainer(SafeSaving, Preparation):
     ) -> None:
         self.norm, self.norm_weight, self._on_save = norm, norm_weight, on_save
         self._limits = limits
+        # Answer tokens over norm positions of the present optimizer step; None where they are the same positions.
+        self._answers_per_position: float | None = None
         # Sums since the last log, on the device: the step itself never waits for it.
         self._sums: dict[str, torch.Tensor] = {}
         super().__init__(
@@ -112,6 +117,7 @@ class ValueTrainer(SafeSaving, Preparation):
             scheme=scheme,
             norm=norm,
             norm_weight=norm_weight,
+            norm_positions=norm_positions,
             chunk=loss_chunk,
             cache=cache,
             compiled=self.args.torch_compile,
@@ -127,7 +133,7 @@ class ValueTrainer(SafeSaving, Preparation):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy plus λ·norm over the answer tokens of a batch.
+        """The share of a batch in the loss of its optimizer step.
 
         Args:
             model: The value network, possibly wrapped.
@@ -140,25 +146,45 @@ class ValueTrainer(SafeSaving, Preparation):
         """
         if return_outputs:
             raise NotImplementedError("ValueTrainer returns no logits; evaluate with its logged eval_ce instead")
-        sums, answers = self.joint_loss(model, inputs, self.state.global_step)
+        is_whole_step = num_items_in_batch is not None and self.model.training
+        answers_per_position = self._answers_per_position if is_whole_step else None
+        sums, answers = self.joint_loss(model, inputs, self.state.global_step, answers_per_position)
         count = answers if num_items_in_batch is None else num_items_in_batch
         loss = sums.total / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is of all devices, and their gradients are averaged.
             loss = loss * self.accelerator.num_processes
         with torch.no_grad():
-            logged = torch.stack([sums.ce, sums.norm, sums.correct, sums.ce.new_tensor(answers)])
+            logged = torch.stack([sums.ce, sums.norm, sums.correct, sums.positions, sums.ce.new_full((), answers)])
             mode = "train" if self.model.training else "eval"
+            if mode == "train":
+                self.watch_loss(loss)
             self._sums[mode] = self._sums.get(mode, 0) + logged
         return loss
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The batches of one optimizer step and their answer tokens; counts the norm's positions likewise."""
+        batches, answers = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._answers_per_position = None
+        if self.joint_loss.norm_positions != "answer" and answers is not None:
+            positions = torch.zeros((), dtype=torch.long, device=device)
+            for batch in batches:
+                mask = norm_mask(self.joint_loss.norm_positions, answer_mask(batch["labels"]), batch)
+                positions += mask.sum().to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                positions = self.accelerator.gather(positions).sum()
+            self._answers_per_position = float(answers) / max(float(positions), 1.0)
+        return batches, answers
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `ce`, `norm` and `mean_token_accuracy`, averaged over all answer tokens since the last log."""
+        """Add `ce`, `norm` and `mean_token_accuracy`, averaged over all their positions since the last log."""
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else "eval_"
         if mode in self._sums and "train_runtime" not in logs:
-            ce, norm, correct, count = self.accelerator.reduce(self._sums.pop(mode), "sum").tolist()
-            ce, norm, accuracy = (total / max(count, 1.0) for total in (ce, norm, correct))
+            ce, norm, correct, positions, count = self.accelerator.reduce(self._sums.pop(mode), "sum").tolist()
+            ce, norm, accuracy = ce / max(count, 1.0), norm / max(positions, 1.0), correct / max(count, 1.0)
             logs.update({f"{prefix}ce": ce, f"{prefix}norm": norm, f"{prefix}mean_token_accuracy": accuracy})
             if mode == "eval":
                 # transformers averages over batches, whatever their number of answer tokens.

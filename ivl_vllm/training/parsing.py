@@ -1,0 +1,79 @@
+"""The words of `ivl train`, and a YAML file of the same names, become settings."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from trl import TrlParser
+
+from ivl_vllm.training.arguments import ValueArguments
+from ivl_vllm.training.trainer import TrainerArguments
+
+_HELP = "(see: ivl train --help)"
+
+
+class _Parser(TrlParser):
+    """TRL's parser, which also takes aliases (`output`, `lr`, …) in the YAML file and raises instead of exiting."""
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        names = {
+            option.lstrip("-").replace("-", "_"): action.dest
+            for action in self._actions
+            for option in action.option_strings
+            if not option.startswith(("--no_", "--no-"))
+        }
+        for key in kwargs:
+            if key.replace("-", "_") not in names:
+                raise ValueError(f"--config: unknown setting {key!r}{_nearest(key.replace('-', '_'), names)}")
+        return super().set_defaults_with_config(**{names[key.replace("-", "_")]: v for key, v in kwargs.items()})
+
+    def check_flags(self, words: Sequence[str]) -> None:
+        """Refuse the first flag that there is not; argparse would first miss the required one that was meant.
+
+        Raises:
+            ValueError: It names the flag and the nearest that there is.
+        """
+        options = [option for action in self._actions for option in action.option_strings]
+        for word in words:
+            flag = word.split("=", 1)[0]
+            if flag == "--config" or not flag.startswith("-") or _is_number(flag):
+                continue
+            # argparse takes the beginning of a name for the whole of it.
+            if not any(option.startswith(flag) for option in options):
+                raise ValueError(f"unknown flag {flag}{_nearest(flag, options)} {_HELP}")
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} {_HELP}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def parse(argv: Sequence[str]) -> tuple[ValueArguments, TrainerArguments]:
+    """Read flags, and a YAML file of the same names where `--config FILE` is among them; flags win.
+
+    Raises:
+        ValueError: An unknown or missing setting, or a value out of range.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    parser = _Parser((ValueArguments, TrainerArguments), prog="ivl train")
+    parser.check_flags(words)
+    try:
+        value_args, args, surplus = parser.parse_args_and_config(words, return_remaining_strings=True)
+    except OSError as error:
+        raise ValueError(f"--config {error.filename}: {error.strerror}") from error
+    except IndexError as error:
+        raise ValueError("--config needs the path of a YAML file") from error
+    if surplus:
+        raise ValueError(f"nothing takes the word {surplus[0]!r}; a flag has one value, but for --more_bases {_HELP}")
+    return value_args, args

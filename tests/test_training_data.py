@@ -1,0 +1,226 @@
+"""From JSON lines to batches: answers, masks, lengths, packing; bad lines are told with their number."""
+
+import pytest
+import torch
+from training_tools import (
+    flags,
+    make_family,
+    make_model,
+    make_tokenizer,
+    next_letter_rows,
+    train,
+    uneven_rows,
+    write_rows,
+)
+
+from ivl_vllm import cli
+from ivl_vllm.training.data import read_examples, split_examples
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+def answer_texts(trainer):
+    """For each row of the training data: (what is shown, what is trained)."""
+    tokenizer = trainer.processing_class
+    pairs = []
+    for row in trainer.train_dataset:
+        trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        pairs.append((tokenizer.decode(row["input_ids"]), tokenizer.decode(trained)))
+    return pairs
+
+
+def test_only_the_answers_are_trained_and_every_assistant_turn_is(family, tmp_path):
+    from ivl_vllm.training.command import prepare
+
+    turns = [("user", "a ?"), ("assistant", "b"), ("user", "c ?"), ("assistant", "d e")]
+    data = write_rows(tmp_path / "two.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
+    trainer = prepare(flags(family, tmp_path / "out", f"--data={data}")).trainer
+    assert answer_texts(trainer) == [
+        ("question : a ? answer : b <eos>", "b <eos>"),
+        ("question : a ? answer : b <eos> question : c ? answer : d e <eos>", "d e <eos>"),
+    ]
+
+
+def test_messages_and_prompt_completion_give_the_same_labels(family, tmp_path):
+    from ivl_vllm.training.command import prepare
+
+    kinds = {kind: next_letter_rows(12, 5, kind) for kind in ("messages", "plain")}
+    kinds["pairs"] = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in kinds["messages"]]
+    rows = {}
+    for kind, content in kinds.items():
+        data = write_rows(tmp_path / f"{kind}.jsonl", content)
+        dataset = prepare(flags(family, tmp_path / "out", f"--data={data}")).trainer.train_dataset
+        rows[kind] = [(row["input_ids"], row["labels"]) for row in dataset]
+    assert rows["messages"] == rows["plain"] == rows["pairs"]
+
+
+def test_plain_completions_learn_to_stop(family, tmp_path):
+    from ivl_vllm.training.command import prepare
+
+    data = write_rows(tmp_path / "plain.jsonl", [{"prompt": "question : a ? answer :", "completion": " b"}])
+    trainer = prepare(flags(family, tmp_path / "out", f"--data={data}")).trainer
+    row = trainer.train_dataset[0]
+    assert row["labels"][-1] == trainer.processing_class.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a",\n', "line 2: no JSON"),
+        ("[1, 2]\n", "line 1: expected a JSON object"),
+        ('{"text": "a"}\n', "line 1: expected `messages`, or `prompt` and `completion`; got text"),
+        ('{"prompt": "a", "completion": " "}\n', "line 1: the completion is empty"),
+        ('{"prompt": "", "completion": "b"}\n', "line 1: the prompt is empty"),
+        ('{"prompt": "a", "completion": 3}\n', "line 1: prompt and completion must both be"),
+        ('\n{"messages": [{"role": "user", "content": "a"}]}\n', "line 2: no assistant message"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "line 1: the first message is the assistant's"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1: the user message of `messages` needs `content`"),
+        ('{"messages": [{"content": "a"}]}\n', "needs a `role`"),
+        ('{"messages": []}\n', "must be a list of at least one message"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n',
+            "line 1: the assistant's message is empty",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "user", "content": "b"}]}\n',
+            "starts with role 'user'",
+        ),
+        (
+            '{"prompt": "a", "completion": "b"}\n'
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+            "line 2: messages, but line 1 is plain text",
+        ),
+    ],
+)
+def test_bad_lines_are_told_with_their_number(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        read_examples(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_and_missing_files(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+        read_examples(path)
+    with pytest.raises(ValueError, match="no such file"):
+        read_examples(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_examples(tmp_path)
+
+
+def test_split_keeps_the_turns_of_a_conversation_together(tmp_path):
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    examples = read_examples(write_rows(tmp_path / "d.jsonl", [{"messages": turns}] * 10))
+    train_part, held_out = split_examples(examples, 0.3, seed=0)
+    assert (len(train_part), len(held_out)) == (14, 6)
+    assert not {e["line"] for e in train_part} & {e["line"] for e in held_out}
+    with pytest.raises(ValueError, match="leaves one side empty"):
+        split_examples(examples, 0.01, seed=0)
+
+
+def test_answers_that_are_cut_off_are_counted_and_told(family, tmp_path, capsys):
+    rows = [*next_letter_rows(3, 0), {"messages": [{"role": "user", "content": "a " * 30}]}]
+    rows[-1]["messages"].append({"role": "assistant", "content": "b"})
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    train(family, tmp_path / "out", f"--data={data}", "--max_length=16", "--max_steps=1")
+    out = capsys.readouterr().out
+    assert "--data: 1 of 4 examples are longer than --max_length 16, the first in line 4: 0 truncated, 1 dropped" in out
+    assert "trainable parameters: " in out
+
+
+def long_rows():
+    rows = [{"prompt": "question : a ? answer :", "completion": " b"} for _ in range(3)]
+    rows.append({"prompt": "question : a ? answer :", "completion": " " + "c " * 20})
+    rows.append({"prompt": "question : " + "a " * 20 + "? answer :", "completion": " d"})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("more", "told", "lengths"),
+    [
+        ((), "1 truncated, 1 dropped (no answer token within it)", [8, 8, 8, 12]),
+        (("--truncation_mode=keep_end",), "2 truncated, 0 dropped", [8, 8, 8, 12, 12]),
+        (("--long_examples=drop",), "0 truncated, 2 dropped", [8, 8, 8]),
+    ],
+)
+def test_long_examples_are_counted_and_cut_or_dropped(family, tmp_path, capsys, more, told, lengths):
+    from ivl_vllm.training.command import prepare
+
+    data = write_rows(tmp_path / "long.jsonl", long_rows())
+    trainer = prepare(flags(family, tmp_path / "out", f"--data={data}", "--max_length=12", *more)).trainer
+    assert [len(row["input_ids"]) for row in trainer.train_dataset] == lengths
+    assert all(len(row["input_ids"]) == len(row["labels"]) for row in trainer.train_dataset)
+    expected = f"--data: 2 of 5 examples are longer than --max_length 12, the first in line 4: {told}"
+    assert expected in capsys.readouterr().out
+
+
+def test_a_template_that_leaves_no_answer_is_told_with_its_line(family, tmp_path, capsys):
+    template = "{% for m in messages %}{{ m['role'] == 'user' and m['content'] or '' }}{% endfor %}"
+    make_model(tmp_path / "base", make_tokenizer(template=template))
+    words = flags(family, tmp_path / "never", f"--base={tmp_path / 'base'}")
+    assert cli.main(["train", *words]) == 2
+    err = capsys.readouterr().err
+    assert "ivl train: error: --data, line 1: no answer tokens are left after the chat template" in err
+
+
+@pytest.mark.parametrize("where", ["answer", "all"])
+def test_packing_gives_the_loss_and_gradient_of_unpacked_examples(family, tmp_path, where):
+    from ivl_vllm.training.command import prepare
+
+    data = write_rows(tmp_path / "uneven.jsonl", uneven_rows(24))
+    results = {}
+    for packing in ("false", "true"):
+        words = (
+            f"--data={data}",
+            f"--packing={packing}",
+            "--max_length=40",
+            "--batch_size=24",
+            f"--norm_positions={where}",
+        )
+        trainer = prepare(flags(family, tmp_path / packing, *words)).trainer
+        trainer.model.eval()
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        results[packing] = (len(trainer.train_dataset), loss, [p.grad for p in trainer.model.parameters()])
+    assert (results["false"][0], results["true"][0]) == (24, 7)
+    torch.testing.assert_close(results["true"][1], results["false"][1], rtol=1e-5, atol=1e-6)
+    for packed, plain in zip(results["true"][2], results["false"][2]):
+        torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_training_and_evaluation_run_through(family, tmp_path, capsys):
+    words = ("--packing=true", "--max_length=40", "--eval_fraction=0.2", "--max_steps=2", "--logging_steps=1")
+    trainer = train(family, tmp_path / "packed", *words)
+    plain = train(family, tmp_path / "plain", *words[1:])
+    first = [next(e["eval_loss"] for e in t.state.log_history if "eval_loss" in e) for t in (trainer, plain)]
+    assert all(torch.isfinite(torch.tensor(first)))
+    assert cli.main(["train", *flags(family, tmp_path / "x", "--packing=true", "--packing_strategy=wrapped")]) == 2
+    assert "--packing_strategy wrapped lets examples see each other" in capsys.readouterr().err
+
+
+def test_packing_is_refused_for_a_network_that_sees_the_example_before(family, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from ivl_vllm.training.command import prepare
+    from ivl_vllm.training.preparation import check_packing
+
+    trainer = prepare(flags(family, tmp_path / "out", "--packing=true", "--max_length=40")).trainer
+
+    class Leaky(GPT2LMHeadModel):
+        """As a network behaves that goes by the order of the row alone, e.g. a recurrent one."""
+
+        def forward(self, input_ids, position_ids=None, **kwargs):
+            return super().forward(input_ids, output_hidden_states=True)
+
+    with pytest.raises(ValueError, match="the network of --init, .* sees from one packed example into the next"):
+        check_packing(Leaky(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)), trainer.data_collator, "--init")

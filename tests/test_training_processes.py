@@ -1,0 +1,133 @@
+"""Two processes on the CPU (gloo), replicated (DDP) and sharded (FSDP), against one process."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_tools import (
+    SGD,
+    SHARDED,
+    TWO,
+    assert_close_weights,
+    flags,
+    logged,
+    make_family,
+    run_process,
+    train,
+    uneven_rows,
+    weights,
+    write_rows,
+)
+
+from ivl_vllm import cli
+from ivl_vllm.training.ivl_config import IVLConfig
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def one_process(family, tmp_path_factory):
+    """What two processes must match; neither 70 rows nor 33 held-out ones come out even."""
+    root = tmp_path_factory.mktemp("processes")
+    write_rows(root / "train.jsonl", uneven_rows(70))
+    write_rows(root / "held_out.jsonl", uneven_rows(103)[70:])
+    common = [
+        f"--data={root / 'train.jsonl'}",
+        f"--eval_data={root / 'held_out.jsonl'}",
+        "--eval_strategy=steps",
+        "--eval_steps=4",
+        "--per_device_eval_batch_size=8",
+        "--logging_steps=1",
+        "--max_steps=8",
+        "--lr=0.01",
+        # Not so small that Adam turns rounding into steps.
+        "--adam_epsilon=0.01",
+        "--use_cpu=true",
+    ]
+    train(family, root / "one", *common, "--batch_size=16")
+    return root, common
+
+
+def assert_same_run(root, output):
+    for name in ("loss", "ce", "norm", "eval_loss", "eval_ce", "eval_norm"):
+        expected, got = logged(root / "one", name), logged(output, name)
+        assert list(got) == list(expected) and expected
+        for step in expected:
+            assert got[step] == pytest.approx(expected[step], rel=1e-5), (name, step)
+    assert_close_weights(weights(output), weights(root / "one"), rtol=1e-4, atol=1e-6)
+    names = [set(load_file(folder / "model.safetensors")) for folder in (output, root / "one")]
+    assert names[0] == names[1]
+
+
+def test_two_processes_match_one(family, one_process, tmp_path):
+    root, common = one_process
+    done = run_process(family, tmp_path / "two", *common, "--batch_size=8", start=(*TWO, "-m", "ivl_vllm.cli"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trainable parameters: ") == 1
+    assert_same_run(root, tmp_path / "two")
+
+
+def test_two_sharded_processes_match_one_resume_and_save_in_half_precision(family, one_process, tmp_path):
+    root, common = one_process
+    sharded = (*common, "--batch_size=8", "--fsdp=full_shard", "--save_strategy=steps", "--save_steps=4")
+    two, again = tmp_path / "two", tmp_path / "again"
+    done = run_process(family, two, *sharded, "--save_total_limit=2", start=SHARDED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(root, two)
+    # Written only where the model was sharded; the checkpoint beside it is an ordinary model all the same.
+    assert (two / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file()
+    assert IVLConfig.read(two / "checkpoint-4").scheme == "residual"
+    assert_close_weights(weights(two / "checkpoint-8"), weights(two), rtol=0, atol=0)
+
+    resumed = (*sharded, f"--resume={two / 'checkpoint-4'}", "--save_dtype=bfloat16")
+    done = run_process(family, again, *resumed, start=SHARDED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(again) == pytest.approx(logged(two), rel=1e-5)
+    assert json.loads((again / "config.json").read_text())["dtype"] == "bfloat16"
+    rounded = {name: tensor.bfloat16().float() for name, tensor in weights(two).items()}
+    assert_close_weights(weights(again), rounded, rtol=2**-7, atol=1e-6)
+
+
+def test_sharding_that_would_not_happen_is_refused(family, tmp_path, capsys):
+    from types import SimpleNamespace
+
+    from ivl_vllm.training.command import _check_sharding
+
+    assert cli.main(["train", *flags(family, tmp_path / "never", "--fsdp=full_shard", "--use_cpu=true")]) == 2
+    assert "ivl train: error: Using fsdp only works in distributed training" in capsys.readouterr().err
+    # As accelerate leaves it for several processes on the CPU, without a word.
+    with pytest.raises(ValueError, match="--fsdp: nothing would be sharded"):
+        _check_sharding(SimpleNamespace(args=SimpleNamespace(fsdp=True), is_fsdp_enabled=False))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_train_a_cascade_as_one_does(family, tmp_path, how):
+    common = (
+        *SGD,
+        "--scheme=cascade+text",
+        "--loss_chunk=7",
+        f"--more_bases={family / 'other'}",
+        "--norm_positions=all",
+    )
+    train(family, tmp_path / "one", *common, "--batch_size=16")
+    start, more = (SHARDED, ["--fsdp=full_shard"]) if how == "fsdp" else ((*TWO, "-m", "ivl_vllm.cli"), [])
+    done = run_process(family, tmp_path / "two", *common, "--batch_size=8", "--use_cpu=true", *more, start=start)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_stop_together_when_they_diverge(family, tmp_path):
+    output = tmp_path / "value"
+    more = ("--lr=1e30", "--warmup_steps=3", "--max_steps=50", "--save_strategy=steps", "--save_steps=1")
+    more = (*more, "--use_cpu=true", "--logging_steps=1000")
+    done = run_process(family, output, *more, start=(*TWO, "-m", "ivl_vllm.cli"))
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "ivl train: error: training diverged: " in line]
+    assert told and all("not finite at step" in line and "the last good checkpoint is" in line for line in told)
+    for checkpoint in output.glob("checkpoint-*"):
+        assert all(torch.isfinite(tensor).all() for tensor in weights(checkpoint).values())
+    assert list(output.glob("checkpoint-*")) and not (output / "config.json").exists()

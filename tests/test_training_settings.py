@@ -1,0 +1,296 @@
+"""Flags and the YAML file, and what a user reads who got one wrong; `ivl_config.json`; fingerprints."""
+
+import copy
+import json
+import math
+
+import pytest
+from training_tools import (
+    WORDS,
+    flags,
+    make_family,
+    make_model,
+    make_tokenizer,
+)
+
+from ivl_vllm import cli
+from ivl_vllm.training.ivl_config import IVLConfig
+from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+def test_yaml_file_with_flags_on_top(tmp_path):
+    from ivl_vllm.training.command import parse
+
+    config = tmp_path / "run.yaml"
+    config.write_text(f"base: some-base\ndata: d.jsonl\noutput: {tmp_path / 'o'}\nlr: 3e-4\nnorm: l2\nepochs: 7\n")
+    for words in (["--config", str(config)], [f"--config={config}"]):
+        value_args, args = parse([*words, "--epochs", "2"])
+        assert (value_args.norm, args.learning_rate, args.num_train_epochs) == ("l2", 3e-4, 2.0)
+        assert args.output_dir == str(tmp_path / "o")
+    config.write_text(
+        "base: x\ndata: y\noutput: z\nlora-rank: 8\npacking: true\nresume: last\nlong_examples: drop\nlambda: 0.5\n"
+        "report_to: tensorboard\nbf16: false\nlr_scheduler_type: linear\nadam_beta2: 0.95\n"
+    )
+    value_args, args = parse(["--config", str(config), "--packing", "false"])
+    assert (value_args.lora_rank, value_args.long_examples, value_args.norm_weight) == (8, "drop", 0.5)
+    assert (args.packing, args.resume_from_checkpoint, args.bf16, args.adam_beta2) == (False, "last", False, 0.95)
+    assert args.report_to == ["tensorboard"]
+    config.write_text("base: x\ndata: y\noutput: z\nlearning_rte: 1\n")
+    with pytest.raises(ValueError, match="--config: unknown setting 'learning_rte'; did you mean learning_rate?"):
+        parse(["--config", str(config)])
+    for name, given in {"norm": "l3", "norm_positions": "prompt", "base_mix": "sum"}.items():
+        config.write_text(f"base: x\ndata: y\noutput: z\n{name}: {given}\n")
+        with pytest.raises(ValueError, match=f"--{name} is '{given}'; expected .* or "):
+            parse(["--config", str(config)])
+    config.write_text("base: x\ndata: y\noutput: z\nnorm-positions: all\n")
+    assert parse(["--config", str(config)])[0].norm_positions == "all"
+    assert parse(["--config", str(config), "--norm_positions=answer"])[0].norm_positions == "answer"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bse", "x"], "unknown flag --bse; did you mean --base?"),
+        (["--base", "x", "-lr", "3"], "unknown flag -lr; did you mean --lr?"),
+        (["--base", "x", "--norm-position-s=all"], "did you mean --norm-positions?"),
+        (["--base", "x", "stray"], "nothing takes the word 'stray'"),
+        (["--base", "x"], "the following arguments are required: --data"),
+    ],
+)
+def test_words_that_are_no_flags_are_told_with_the_nearest_flag(words, message):
+    from ivl_vllm.training.parsing import parse
+
+    known = ["--output", "z", *([] if "required" in message else ["--data", "y"])]
+    with pytest.raises(ValueError) as caught:
+        parse([*words, *known])
+    assert message in str(caught.value)
+    assert "HfArgumentParser" not in str(caught.value)
+
+
+def test_beginnings_of_flags_and_negative_numbers_are_no_mistyped_flags():
+    from ivl_vllm.training.parsing import parse
+
+    value_args, args = parse(["--base=x", "--data=y", "--output=z", "--norm_w", "0.5", "--max_steps", "-1"])
+    assert (value_args.norm_weight, args.max_steps) == (0.5, -1)
+
+
+@pytest.mark.parametrize("flag", ["--base", "--init", "--more_bases"])
+def test_a_name_that_is_neither_folder_nor_on_the_hub_is_told_at_once(family, tmp_path, capsys, monkeypatch, flag):
+    """The hub's client would retry for a minute; here its server is a port that nobody listens on."""
+    import socket
+    import time
+
+    import huggingface_hub
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    asked = []
+
+    def url(name, file):
+        asked.append(name)
+        return f"{endpoint}/{name}/{file}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", url)
+    start = time.monotonic()
+    assert cli.main(["train", *flags(family, tmp_path / "never", f"{flag}=nope")]) == 2
+    assert time.monotonic() - start < 10
+    assert f"ivl train: error: {flag} nope: no such folder, and the hub (" in capsys.readouterr().err
+    assert asked == ["nope"]
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(404, "no model of that name on the hub"), (403, "the hub refuses it"), (200, None), (503, None)],
+)
+def test_what_the_hub_says_to_a_name(monkeypatch, status, message):
+    import http.server
+    import threading
+
+    import huggingface_hub
+
+    from ivl_vllm.training.models import locate_model
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            if status == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("ETag", "x")
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda name, file: f"{endpoint}/{name}/{file}")
+        if message is None:
+            assert locate_model("some/model", "--base") == "some/model"
+        else:
+            with pytest.raises(ValueError, match=f"--base some/model: no such folder, and {message}"):
+                locate_model("some/model", "--base")
+        server.shutdown()
+
+
+def test_a_folder_without_weights_is_told(family, tmp_path):
+    import shutil
+
+    from ivl_vllm.training.command import prepare
+
+    folder = shutil.copytree(family / "small", tmp_path / "weightless")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="--init .*weightless: cannot be loaded"):
+        prepare(flags(family, tmp_path / "out", f"--init={folder}"))
+
+
+def bad_inputs(family, tmp_path):
+    other = make_model(tmp_path / "other", make_tokenizer(words=[*WORDS, "extra"]))
+    mute = make_model(tmp_path / "mute", make_tokenizer(template=None))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    narrow = make_model(tmp_path / "narrow", make_tokenizer(words=WORDS[:6]))
+    make_tokenizer().save_pretrained(narrow)
+    return {
+        "--base=./nowhere": "--base ./nowhere: no such folder",
+        "--init=/nowhere/at/all": "--init /nowhere/at/all: no such folder",
+        f"--base={empty}": "no config.json",
+        f"--init={adapter}": "merge it first",
+        f"--init={other}": "different vocabularies",
+        f"--base={mute}": "no chat template",
+        f"--init={narrow}": "beyond a network's vocabulary",
+        f"--output={family / 'small'}": "would be overwritten",
+        f"--output={family / 'train.jsonl'}": "a file is in the way",
+        f"--data={tmp_path / 'absent'}": "no such file",
+        "--max_length=4": "no answer tokens are left",
+        "--norm=l3": "l3",
+        "--norm_positions=prompt": "prompt",
+        "--norm_weight=-1": "--norm_weight is -1.0",
+        "--norm_weight=nan": "--norm_weight is nan",
+        "--eval_fraction=1.5": "--eval_fraction is 1.5",
+        "--no_such_flag=1": "unknown flag --no_such_flag (see: ivl train --help)",
+        "--normweight=1": "unknown flag --normweight; did you mean --norm_weight?",
+        "--lr=fast": "invalid float value",
+        f"--config={tmp_path / 'absent.yaml'}": "absent.yaml",
+    }
+
+
+def test_bad_input_is_one_line_and_exit_status_2(family, tmp_path, capsys):
+
+    for flag, message in bad_inputs(family, tmp_path).items():
+        output = tmp_path / "never"
+        assert cli.main(["train", *flags(family, output, flag)]) == 2, flag
+        err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ivl train: error: ")]
+        assert len(err) == 1, flag
+        assert message in err[0]
+        assert not (output / "model.safetensors").exists()
+
+
+GOOD = {
+    "format_version": 2,
+    "scheme": "residual",
+    "base": "some/base",
+    "norm": "l1",
+    "norm_weight": 1.0,
+    "norm_positions": "all",
+    "more_bases": ["another/base"],
+    "base_mix": "average",
+    "base_temperature": 1.5,
+    "base_noise": 0.25,
+    "vocab_size": 100,
+    "vocabulary_fingerprint": "0" * 64,
+    "versions": {"torch": "2"},
+}
+
+
+def test_ivl_config_round_trip_and_absence(tmp_path):
+    assert IVLConfig.read(tmp_path) is None
+    config = IVLConfig(**GOOD)
+    config.write(tmp_path)
+    assert IVLConfig.read(tmp_path) == config
+    assert json.loads((tmp_path / "ivl_config.json").read_text()) == GOOD
+
+
+def test_a_folder_of_the_first_version_still_loads(tmp_path):
+    later = {"norm_positions", "more_bases", "base_mix", "base_temperature", "base_noise"}
+    first = {name: value for name, value in GOOD.items() if name not in later} | {"format_version": 1}
+    path = tmp_path / "ivl_config.json"
+    path.write_text(json.dumps(first))
+    config = IVLConfig.read(tmp_path)
+    # What the first version meant, and the present layout when it is written again.
+    assert (config.norm_positions, config.more_bases, config.base_temperature) == ("answer", [], 1.0)
+    assert config == IVLConfig(**first)
+    config.write(tmp_path)
+    assert IVLConfig.read(tmp_path) == config
+    assert json.loads(path.read_text())["format_version"] == 2
+    path.write_text(json.dumps({**first, "norm_positions": "all"}))
+    with pytest.raises(ValueError, match="unknown field: norm_positions"):
+        IVLConfig.read(tmp_path)
+    path.write_text(json.dumps({**first, "format_version": 2}))
+    with pytest.raises(ValueError, match="lacks the field base_mix, base_noise, .*, norm_positions"):
+        IVLConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 3, "new_field": 1}, "format_version is 3; this ivl-vllm reads versions 1 to 2"),
+        ({"format_version": "2"}, "format_version is '2'"),
+        ({"norm_positions": "prompt"}, "norm_positions is 'prompt'"),
+        ({"more_bases": "another/base"}, "more_bases is 'another/base'"),
+        ({"base_mix": "sum"}, "base_mix is 'sum'"),
+        ({"base_temperature": 0}, "base_temperature is 0"),
+        ({"base_noise": "much"}, "base_noise is 'much'"),
+        ({"scheme": "cascading"}, "scheme is 'cascading'"),
+        ({"base": ""}, "base is ''"),
+        ({"norm": "l0"}, "norm is 'l0'"),
+        ({"norm_weight": "1"}, "norm_weight is '1'"),
+        ({"norm_weight": -1}, "norm_weight is -1"),
+        ({"norm_weight": math.inf}, "norm_weight is inf"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"vocabulary_fingerprint": "abc"}, "vocabulary_fingerprint is 'abc'"),
+        ({"versions": []}, "versions is []"),
+        ({"surplus": 1}, "unknown field: surplus"),
+        ({"norm": None}, "norm is None"),
+    ],
+)
+def test_ivl_config_names_the_field_that_is_wrong(tmp_path, change, message):
+    (tmp_path / "ivl_config.json").write_text(json.dumps({**GOOD, **change}))
+    with pytest.raises(ValueError) as caught:
+        IVLConfig.read(tmp_path)
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_ivl_config_that_is_no_object_or_lacks_a_field(tmp_path):
+    path = tmp_path / "ivl_config.json"
+    for content, message in (("{", "no JSON"), ("[]", "no JSON object"), ('{"format_version": 1}', "lacks the field")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            IVLConfig.read(tmp_path)
+
+
+def test_fingerprint_sees_ids_and_tokens_and_nothing_else():
+    tokenizer = make_tokenizer()
+    assert vocabulary_fingerprint(tokenizer) == vocabulary_fingerprint(copy.deepcopy(tokenizer))
+    assert vocabulary_fingerprint(tokenizer) == vocabulary_fingerprint(make_tokenizer(template=None))
+    assert vocabulary_fingerprint(tokenizer) != vocabulary_fingerprint(make_tokenizer(words=WORDS[::-1]))
+    assert vocabulary_fingerprint(tokenizer) != vocabulary_fingerprint(make_tokenizer(words=[*WORDS, "m"]))
+
+    class Two:
+        def __init__(self, vocab):
+            self.get_vocab = lambda: vocab
+
+    # Without the lengths these two would be one byte string.
+    assert vocabulary_fingerprint(Two({"a1:b": 0})) != vocabulary_fingerprint(Two({"a": 0, "b": 1}))
