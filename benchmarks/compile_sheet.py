@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 import triton
-from ivl_kernels import triton_lm_head_value_add, triton_value_add
+from ivl_kernels import triton_fusion, triton_lm_head_value_add, triton_value_add
+from ivl_kernels.fusion import ITERATIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -44,7 +45,7 @@ MULTIPROCESSORS = {
 class Variant(NamedTuple):
     """One compiled kernel: which, for which rows, types and argument properties."""
 
-    kernel: str  # "value_add" or "lm_head_value_add"
+    kernel: str  # "value_add", "lm_head_value_add", "fusion" or "trust_region"
     rows: int
     value_dtype: torch.dtype = torch.bfloat16
     logits_dtype: torch.dtype = torch.float32
@@ -68,7 +69,11 @@ def default_variants() -> list[Variant]:
         Variant("lm_head_value_add", rows, dtype, has_map=has_map)
         for rows, dtype, has_map in itertools.product((16, 32, 64, 512), (bf16, fp32), (False, True))
     ]
-    return value_add + head + [Variant("lm_head_value_add", 64, ragged=True)]
+    solvers = [
+        Variant(kernel, 64, dtype, has_map=has_map)
+        for kernel, dtype, has_map in itertools.product(("fusion", "trust_region"), (bf16, fp32), (False, True))
+    ]
+    return value_add + head + [Variant("lm_head_value_add", 64, ragged=True)] + solvers
 
 
 def compile_variant(variant: Variant, architecture: int, columns: int = 151936, hidden: int = 896):
@@ -88,6 +93,14 @@ def compile_variant(variant: Variant, architecture: int, columns: int = 151936, 
         constants |= {"BLOCK": config.block}
         pointers = {"logits": logits, "value": value}
         aligned += ["value", "value_stride"]
+    elif variant.kernel in ("fusion", "trust_region"):
+        kernel, config = triton_fusion.fusion_kernel, triton_fusion.CONFIG
+        options = {"num_warps": config.num_warps}
+        is_pair = variant.kernel == "fusion"
+        constants |= {"HAS_MINUS": is_pair, "HAS_TARGETS": not is_pair, "ITERATIONS": ITERATIONS, "BLOCK": config.block}
+        pointers = {"base": logits, "plus": value, "minus": value}
+        pointers |= dict.fromkeys(("results", "limits", "targets"), "*fp32")
+        aligned = ["base", "plus", "minus", "vocab_map", "base_stride", "plus_stride", "minus_stride", *aligned[3:]]
     else:
         kernel = triton_lm_head_value_add.lm_head_value_add_kernel
         config = triton_lm_head_value_add.choose_config(variant.rows, variant.value_dtype)

@@ -1,4 +1,4 @@
-"""Inputs, checks and clocks for `benchmarks/kernels.py`: correct first, then timed past the caches."""
+"""Inputs, checks and clocks for the kernel benchmarks: correct first, then timed past the caches."""
 
 import platform
 import statistics

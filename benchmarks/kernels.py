@@ -145,14 +145,16 @@ def judge(report: dict) -> list[dict]:
 def measure_cpu(quick: bool) -> dict:
     """Check and time the torch backend against the naive expression."""
     device = torch.device("cpu")
-    wide = [(1, 32_000), (16, 32_000), (1, 151_936), (16, 151_936), (64, 151_936)]
+    small = [(rows, columns) for columns in (1_000, 4_096, 8_192) for rows in (1, 8)]
+    wide = [(1, 32_000), (8, 32_000), (16, 32_000), (1, 151_936), (16, 151_936), (64, 151_936)]
     cases = [
         {"rows": rows, "columns": columns, "value_dtype": dtype, "has_map": has_map}
-        for rows, columns in (wide[:2] if quick else wide)
+        for rows, columns in (small[:2] if quick else small + wide)
         for dtype in (torch.float32, torch.bfloat16)
         for has_map in (False, True)
     ]
-    cases += [{"rows": r, "columns": 32_000, "hidden": 896, "value_dtype": torch.float32} for r in (1, 4, 16)]
+    head = [(r, torch.float32) for r in (1, 2, 4, 8, 16)] + [(r, torch.bfloat16) for r in (1, 4, 16)]
+    cases += [{"rows": r, "columns": 32_000, "hidden": 896, "value_dtype": t} for r, t in (head[:2] if quick else head)]
     results = []
     for case in progress(cases):
         naive = project_naively if "hidden" in case else eager
@@ -165,9 +167,12 @@ def measure_cpu(quick: bool) -> dict:
         result["times_faster"] = timings["naive"].median_us / timings["ours"].median_us
         results.append(result)
     goals = [{"goal": text, "target": f"{sign} {target}", "measured": None} for text, target, sign in GOALS]
-    slowest = min(result["times_faster"] for result in results if result["operation"] == "value_add")
-    text = "value_add on the CPU: times faster than the naive expression"
-    goals.append({"goal": text, "target": "≥ 1.0", "measured": slowest, "met": slowest >= 1})
+    for name in ("value_add", "lm_head_value_add"):
+        slowest = min((case for case in results if case["operation"] == name), key=lambda case: case["times_faster"])
+        shape = f"{slowest['rows']} × {slowest['columns']} {slowest['value_dtype']}"
+        text = f"{name} on the CPU, times faster than naive; least at {shape}"
+        least = slowest["times_faster"]
+        goals.append({"goal": text, "target": "≥ 1.0", "measured": least, "met": least >= 1})
     return {"environment": environment(device), "cases": results, "goals": goals}
 
 

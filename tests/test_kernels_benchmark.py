@@ -57,3 +57,13 @@ def test_inputs_rotate_past_the_cache():
     assert sum(inputs.bytes_moved() for inputs in sets) >= 200_000
     assert len({inputs.logits.data_ptr() for inputs in sets}) == len(sets)
     assert sets[0].bytes_moved() == 2 * 1000 * (4 + 2 + 4)
+
+
+def test_fusion_runs_and_is_no_worse_than_the_grid(tmp_path):
+    output = tmp_path / "fusion-cpu.json"
+    run(BENCHMARKS / "kernel_fusion.py", "--quick", "--threads", 1, "--output", output)
+    report = json.loads(output.read_text())
+    assert report["environment"]["torch"] == torch.__version__
+    for case in report["cases"]:
+        assert case["largest_objective"]["ours"] <= case["largest_objective"]["grid search"] + 1e-9
+        assert case["times_faster"] > 0

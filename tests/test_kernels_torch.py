@@ -19,6 +19,7 @@ class TestTorch(KernelCases):
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])
 def test_groups_and_blocks_of_every_size(monkeypatch, operation):
     monkeypatch.setattr(value_add_module, "rows_in_cache", lambda width: 3)
+    monkeypatch.setattr(value_add_module, "FEW_ROWS", 0)
     monkeypatch.setattr(lm_head_module, "BLOCK_BYTES", 4 * 64 * 100)
     check(make_case(operation, 11, 333, map_dtype=torch.int32), "torch")
     check(make_case(operation, 11, 333), "torch")
@@ -71,18 +72,51 @@ def plain_case(operation: str = "value_add", **options):
     return case
 
 
-def test_rows_in_order_in_float32_are_added_in_one_pass():
+def test_float32_rows_go_one_by_one_and_in_one_pass():
     names = operations_of(plain_case())
-    assert "addcmul_" in names
-    assert not {"nan_to_num_", "add_", "index_add_", "_foreach_add_"} & set(names)
+    assert names.count("add_") == 4
+    assert not {"mul", "mul_", "nan_to_num_", "index_add_", "_foreach_add_"} & set(names)
 
 
-def test_a_non_finite_value_takes_the_careful_path():
+def test_only_the_row_with_a_non_finite_value_takes_the_careful_path(monkeypatch):
+    monkeypatch.setattr(value_add_module, "SHORT_ROW", 0)
     case = plain_case()
     case.value[1, 1] = NAN
     names = operations_of(case)
-    assert "addcmul_" not in names
-    assert {"nan_to_num_", "add_"} <= set(names)
+    assert names.count("nan_to_num_") == 1
+    assert names.count("add_") == 4
+
+
+def test_short_rows_are_looked_through_in_one_call():
+    assert operations_of(plain_case()).count("aminmax") == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "logits_dtype", "one_by_one"),
+    [
+        pytest.param(4, 1000, torch.float32, True, id="few-rows"),
+        pytest.param(40, 1000, torch.float32, False, id="many-short-rows"),
+        pytest.param(40, 8192, torch.float32, True, id="many-long-rows"),
+        pytest.param(4, 8192, torch.bfloat16, False, id="other-dtype"),
+    ],
+)
+def test_choice_between_rows_and_groups(monkeypatch, n, columns, logits_dtype, one_by_one):
+    taken = []
+    for name in ("add_row_by_row", "add_in_groups"):
+        original = getattr(value_add_module, name)
+        wrapped = lambda *args, name=name, original=original: taken.append(name) or original(*args)  # noqa: E731
+        monkeypatch.setattr(value_add_module, name, wrapped)
+    check(make_case("value_add", n, columns, logits_dtype=logits_dtype), "torch")
+    assert taken == ["add_row_by_row" if one_by_one else "add_in_groups"]
+
+
+@pytest.mark.parametrize(("rows", "total", "used"), [([2], 3, "select"), ([2, 0], 3, "unbind"), ([2, 0], 9, "select")])
+def test_views_of_rows(rows, total, used):
+    tensor = torch.arange(2.0 * total).reshape(total, 2)
+    with Operations() as operations:
+        views = value_add_module.row_views(tensor, rows)
+    assert torch.equal(torch.stack(views), tensor[rows])
+    assert set(operations.names) == {used}
 
 
 @pytest.mark.parametrize(
@@ -93,46 +127,59 @@ def test_a_non_finite_value_takes_the_careful_path():
         pytest.param(0, torch.bfloat16, "_foreach_add_", id="other-dtype"),
     ],
 )
-def test_scattered_rows(padding, logits_dtype, used):
+def test_scattered_rows_of_a_group(monkeypatch, padding, logits_dtype, used):
+    monkeypatch.setattr(value_add_module, "FEW_ROWS", 0)
     case = plain_case(padding=padding, logits_dtype=logits_dtype)
     case.row_index = torch.tensor([3, 0, 6, 2], device=case.logits.device)
     names = operations_of(case)
     assert {"index_add_", "_foreach_add_"} & set(names) == {used}
 
 
-@pytest.mark.parametrize(("rows", "used"), [(1, "a vector"), (2, "a matrix")])
-def test_gather_through_a_map(rows, used):
-    columns = torch.tensor([2, 0, 0])
-    matrix = torch.arange(3.0 * rows).reshape(rows, 3)
+@pytest.mark.parametrize(
+    ("count", "dtype", "product"),
+    [
+        (1, torch.float32, "mv"),
+        (1, torch.bfloat16, "exchanged"),
+        (4, torch.float32, "exchanged"),
+        (5, torch.float32, ""),
+    ],
+)
+def test_product_for_every_number_of_rows(monkeypatch, count, dtype, product):
+    monkeypatch.setattr(lm_head_module, "BLOCK_BYTES", 4 * 64 * 100)
+    inputs, matrix = torch.randn(count, 64), torch.randn(1000, 64).to(dtype)
     with Operations() as operations:
-        taken = value_add_module.take_columns(matrix, columns)
-    assert torch.equal(taken, matrix[:, columns])
-    assert ("select" in operations.names) == (used == "a vector")
+        found = lm_head_module.project(inputs, matrix)
+    torch.testing.assert_close(found, inputs @ matrix.float().t(), rtol=1e-5, atol=1e-4)
+    assert ("mv" in operations.names) == (product == "mv")
+    assert operations.names.count("copy_") == (10 if product == "exchanged" else 0)
 
 
 def test_the_projection_goes_in_blocks(monkeypatch):
     monkeypatch.setattr(lm_head_module, "BLOCK_BYTES", 4 * 64 * 100)
-    assert operations_of(plain_case("lm_head")).count("mm") == 10
+    for dtype in (torch.float32, torch.bfloat16):
+        assert operations_of(plain_case("lm_head", value_dtype=dtype)).count("mm") == 10
 
 
 def test_nothing_steered_computes_nothing():
     for operation in ("value_add", "lm_head"):
         case = plain_case(operation)
         case.weights.zero_()
-        assert not {"mm", "mul_", "addcmul_", "zeros", "empty"} & set(operations_of(case))
+        assert not {"mm", "mv", "mul", "add_", "aminmax", "zeros", "empty"} & set(operations_of(case))
 
 
 @pytest.mark.parametrize("threads", [1, 64])
 @pytest.mark.parametrize("map_dtype", [None, torch.int64])
+@pytest.mark.parametrize("short_row", [0, 10**6], ids=["rows", "groups"])
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])
-def test_no_more_than_one_temporary_of_rows_times_columns(monkeypatch, operation, map_dtype, threads):
+def test_no_more_than_one_temporary_of_rows_times_columns(monkeypatch, operation, short_row, map_dtype, threads):
+    monkeypatch.setattr(value_add_module, "SHORT_ROW", short_row)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows, columns = 64, 40_000
     case = make_case(operation, rows, columns, hidden=32, map_dtype=map_dtype, index_dtype=None)
     case.row_index = torch.randperm(rows + 3, device=case.logits.device)[:rows]
     with Operations() as operations:
         case.run("torch")
-    *_, second, largest = sorted(operations.sizes)
+    *_, second, largest = [0, 0, *sorted(operations.sizes)]
     if operation == "lm_head":  # the value logits of all rows are the one; the others hold a group of rows
         assert largest <= rows * columns
         if threads == 1:

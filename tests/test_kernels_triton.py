@@ -14,13 +14,14 @@ triton_lm_head_value_add = pytest.importorskip("ivl_kernels.triton_lm_head_value
 TESTS = Path(__file__).parent
 
 
-def test_all_cases_on_the_gpu_or_in_the_interpreter():
+@pytest.mark.parametrize("cases", ["kernel_triton_cases.py", "kernel_fusion_triton_cases.py"])
+def test_all_cases_on_the_gpu_or_in_the_interpreter(cases):
     environment = dict(os.environ)
     if torch.cuda.is_available():
         environment.pop("TRITON_INTERPRET", None)
     else:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "kernel_triton_cases.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", cases]
     run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout

@@ -28,14 +28,19 @@ def choose_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return "torch"
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-    runnable = (device.type == "cuda" or interpreted) and has_triton()
+    runnable = (device.type == "cuda" or is_interpreted()) and has_triton()
     if backend == "triton" and not runnable:
         raise ValueError(
             f"backend='triton' cannot run with logits on {device}; move the tensors to a GPU and install Triton, use "
             "backend='torch', or set TRITON_INTERPRET=1 before Triton is imported (slow, for tests)"
         )
     return "triton" if runnable else "torch"
+
+
+def is_interpreted() -> bool:
+    """Whether the environment asks for Triton's interpreter."""
+    setting = os.environ.get("TRITON_INTERPRET")
+    return setting is not None and setting.lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
@@ -60,7 +65,7 @@ def check_vocab_map(vocab_map: torch.Tensor, num_value_columns: int, num_base_co
     Raises:
         ValueError: Wrong shape or dtype, or an entry outside `[-1, num_value_columns)`.
     """
-    _check_map_form(vocab_map, num_base_columns)
+    _check_map_form(vocab_map, num_base_columns, vocab_map.device)
     if vocab_map.numel():
         low, high = (int(bound) for bound in torch.aminmax(vocab_map))
         if low < -1 or high >= num_value_columns:
@@ -90,56 +95,66 @@ def check_operands(
     Raises:
         ValueError: Naming the argument, what it is, what it has to be and how to get there.
     """
-    _check_matrix("logits", logits)
+    device = logits.device
+    _check_matrix("logits", logits, device)
     for name, matrix in rows.items():
-        _check_matrix(name, matrix)
-    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        _check_matrix(name, matrix, device)
+    if not logits.is_contiguous() and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(
             f"logits has row stride {logits.stride(0)} but {logits.shape[1]} columns, so its rows overlap and "
             "cannot be written in place; pass a tensor that is not expanded"
         )
     first, matrix = next(iter(rows.items()))
     count = matrix.shape[0]
-    _check_vector("weights", weights, count, f"one per row of {first}", LOGITS_DTYPES)
+    what = "one per row of the value side"
+    _check_vector("weights", weights, count, what, LOGITS_DTYPES, device)
     if row_index is not None:
-        _check_vector("row_index", row_index, count, f"one per row of {first}", INDEX_DTYPES)
+        _check_vector("row_index", row_index, count, what, INDEX_DTYPES, device)
     elif count > logits.shape[0]:
         raise ValueError(
             f"{first} has {count} rows but logits only {logits.shape[0]}; pass row_index to say which rows they change"
         )
     if vocab_map is not None:
-        _check_map_form(vocab_map, logits.shape[1])
-    others = {**rows, "weights": weights, "row_index": row_index, "vocab_map": vocab_map}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but logits on {logits.device}; move it there once, outside the step"
-            )
+        _check_map_form(vocab_map, logits.shape[1], device)
 
 
-def _check_matrix(name: str, tensor: torch.Tensor) -> None:
+def _check_matrix(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be a matrix, one row per token")
     if tensor.dtype not in LOGITS_DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}; use one of {_names(LOGITS_DTYPES)}")
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+    if not tensor.is_contiguous() and tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(
             f"{name} has column stride {tensor.stride(1)}; its columns have to be adjacent (stride 1), rows may be "
             "strided: make it contiguous, not transposed"
         )
+    _check_device(name, tensor, device)
 
 
-def _check_vector(name: str, tensor: torch.Tensor, count: int, what: str, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_vector(
+    name: str,
+    tensor: torch.Tensor,
+    count: int,
+    what: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
     if tensor.shape != (count,):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({count},), {what}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {tensor.dtype}; use one of {_names(dtypes)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} has stride {tensor.stride(0)}; expected stride 1: call .contiguous() on it")
+    _check_device(name, tensor, device)
 
 
-def _check_map_form(vocab_map: torch.Tensor, num_base_columns: int) -> None:
-    _check_vector("vocab_map", vocab_map, num_base_columns, "one entry per column of logits", INDEX_DTYPES)
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} but logits on {device}; move it there once, outside the step")
+
+
+def _check_map_form(vocab_map: torch.Tensor, num_base_columns: int, device: torch.device) -> None:
+    _check_vector("vocab_map", vocab_map, num_base_columns, "one entry per column of logits", INDEX_DTYPES, device)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -70,15 +70,34 @@ def lm_head_value_add_torch(
     The matrix is read once, in blocks that are widened to float32 in the cache; the steered rows' value logits are the
     one large temporary. The gather through the map is left to `value_add`: gathering rows of the matrix would copy it.
     """
-    rows, sources, scale = steered_rows(logits, weights, row_index)
+    rows, sources, factors = steered_rows(logits, weights, row_index)
     if not rows:
         return logits
     inputs = take_rows(hidden, sources).to(torch.float32)
-    matrix = lm_head_weight if vocab_map is not None else lm_head_weight[: logits.shape[1]]
-    columns, width = matrix.shape
-    value_logits = torch.empty(len(rows), columns, dtype=torch.float32, device=logits.device)
+    matrix = lm_head_weight
+    if vocab_map is None and logits.shape[1] < matrix.shape[0]:
+        matrix = matrix[: logits.shape[1]]
+    value_logits = project(inputs, matrix)
+    targets = torch.tensor(rows, device=logits.device)
+    return value_add_torch(logits, value_logits, torch.tensor(factors, device=logits.device), targets, vocab_map)
+
+
+def project(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Multiply float32 `inputs` `[n, H]` by `matrix.T` (`[V, H]`, any dtype) in float32, giving `[n, V]`.
+
+    The BLAS library's matrix product packs the matrix anew for a handful of rows and takes three times as long as with
+    the operands exchanged; from five rows on it is the other way round.
+    """
+    count, (columns, width) = inputs.shape[0], matrix.shape
+    if count == 1 and matrix.dtype == torch.float32:
+        return torch.mv(matrix, inputs[0])[None]
+    value_logits = torch.empty(count, columns, dtype=torch.float32, device=inputs.device)
     block = max(1, BLOCK_BYTES // (4 * max(1, width)))
     for start in range(0, columns, block):
         part = slice(start, start + block)
-        torch.mm(inputs, matrix[part].to(torch.float32).t(), out=value_logits[:, part])
-    return value_add_torch(logits, value_logits, scale, torch.tensor(rows, device=logits.device), vocab_map)
+        rows = matrix[part].to(torch.float32)
+        if count <= 4:
+            value_logits[:, part] = torch.mm(rows, inputs.t()).t()
+        else:
+            torch.mm(inputs, rows.t(), out=value_logits[:, part])
+    return value_logits

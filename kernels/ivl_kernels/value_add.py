@@ -5,6 +5,10 @@ import torch
 from ivl_kernels.checks import check_operands, choose_backend
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+# In the torch backend: columns below which the calls for one row take longer than its numbers, and how many rows may
+# nevertheless go one by one.
+SHORT_ROW = 8192
+FEW_ROWS = 16
 
 
 def value_add(
@@ -63,55 +67,101 @@ def value_add_torch(
 ) -> torch.Tensor:
     """The torch backend: what the CPU runs, and the reference that the kernel is tested against.
 
-    Rows go in groups that stay in the processor's cache: the passes after the first then cost little, and no temporary
-    grows with the batch.
+    Rows of float32 logits go one by one: the second pass over a row finds it in the processor's cache, and no temporary
+    grows with the batch. Rows so short that the calls would cost more than the numbers, and other dtypes, go in groups.
     """
-    rows, sources, scale = steered_rows(logits, weights, row_index)
+    rows, sources, factors = steered_rows(logits, weights, row_index)
     width = value_logits.shape[1] if vocab_map is not None else min(logits.shape[1], value_logits.shape[1])
     if not rows or width == 0:
         return logits
-    group = min(rows_in_cache(width), len(rows))
+    if value_logits.shape[1] != width:
+        value_logits = value_logits[:, :width]
     if vocab_map is not None:
-        group = min(group, -(-len(rows) // 2))  # there are two temporaries then, together one of rows × columns
         # A zero column stands before the value's own: -1 points to it once the map is shifted by one.
         vocab_map = vocab_map + 1
-        products = torch.zeros(group, width + 1, dtype=torch.float32, device=logits.device)
-    for start in range(0, len(rows), group):
-        part = slice(start, start + group)
-        targets, value, factor = rows[part], take_rows(value_logits, sources[part])[:, :width], scale[part, None]
-        if vocab_map is not None:
-            steer = products[: len(targets), 1:].copy_(value).mul_(factor)
-            drop_non_finite(steer)
-            steer = take_columns(products[: len(targets)], vocab_map)
-            add_to_rows(logits, targets, steer)
-        elif is_run(targets) and logits.dtype == value.dtype == torch.float32 and products_are_finite(value, factor):
-            logits[targets[0] : targets[0] + len(targets), :width].addcmul_(value, factor)
-        else:
-            # Rows that are not consecutive were copied already.
-            steer = value.to(torch.float32, copy=is_run(sources[part])).mul_(factor)
-            drop_non_finite(steer)
-            add_to_rows(logits[:, :width], targets, steer)
+    changed = logits if vocab_map is not None or logits.shape[1] == width else logits[:, :width]
+    one_by_one = logits.dtype == torch.float32 and (width >= SHORT_ROW or len(rows) <= FEW_ROWS)
+    add = add_row_by_row if one_by_one else add_in_groups
+    add(changed, value_logits, rows, sources, factors, vocab_map)
     return logits
 
 
 def steered_rows(
     logits: torch.Tensor, weights: torch.Tensor, row_index: torch.Tensor | None
-) -> tuple[list[int], list[int], torch.Tensor]:
-    """Choose the rows that change, on the host.
+) -> tuple[list[int], list[int], list[float]]:
+    """Choose the rows that change, on the host: a weight that is not finite has no finite product, so it is skipped.
 
     Returns:
-        Rows of `logits`, the value row of each, and their weights as float32 `[len(rows)]`.
+        Rows of `logits`, the value row of each, and their weights.
     """
-    targets = range(weights.shape[0]) if row_index is None else row_index.tolist()
     count = logits.shape[0]
-    steered = [
-        (row, source)
-        for source, (row, weight) in enumerate(zip(targets, weights.tolist(), strict=True))
-        if weight != 0.0 and 0 <= row < count
-    ]
-    rows = [row for row, _ in steered]
-    sources = [source for _, source in steered]
-    return rows, sources, take_rows(weights, sources).to(torch.float32)
+    factors = weights.tolist()
+    targets = range(len(factors)) if row_index is None else row_index.tolist()
+    rows, sources, chosen = [], [], []
+    for source, (row, factor) in enumerate(zip(targets, factors, strict=True)):
+        if 0.0 < abs(factor) <= FLOAT32_MAX and 0 <= row < count:
+            rows.append(row)
+            sources.append(source)
+            chosen.append(factor)
+    return rows, sources, chosen
+
+
+def add_row_by_row(
+    logits: torch.Tensor,
+    value_logits: torch.Tensor,
+    rows: list[int],
+    sources: list[int],
+    factors: list[float],
+    vocab_map: torch.Tensor | None,
+) -> None:
+    """Add into float32 `logits` of the value's width (or of the map's, whose entries are shifted by one)."""
+    zero = None if vocab_map is None else value_logits.new_zeros(1)
+    targets, values = row_views(logits, rows), row_views(value_logits, sources)
+    if len(rows) > 1 and value_logits.shape[1] < SHORT_ROW and is_run(sources):
+        bounds = [largest_magnitude(take_rows(value_logits, sources))] * len(sources)
+    else:
+        bounds = map(largest_magnitude, values)  # in turn, so that the row is in the cache when it is added
+    for target, value, factor, bound in zip(targets, values, factors, bounds, strict=True):
+        if vocab_map is not None:
+            value = torch.cat((zero, value)).index_select(0, vocab_map)
+        if bound * abs(factor) <= FLOAT32_MAX:
+            target.add_(value, alpha=factor)
+        else:
+            target.add_(drop_non_finite(value.to(torch.float32, copy=True).mul_(factor)))
+
+
+def row_views(tensor: torch.Tensor, rows: list[int]) -> list[torch.Tensor]:
+    """Views of the given rows; made in one call unless most of the rows are not wanted."""
+    if len(rows) == 1 or tensor.shape[0] > 4 * len(rows):
+        return [tensor[row] for row in rows]
+    views = tensor.unbind(0)
+    return [views[row] for row in rows]
+
+
+def add_in_groups(
+    logits: torch.Tensor,
+    value_logits: torch.Tensor,
+    rows: list[int],
+    sources: list[int],
+    factors: list[float],
+    vocab_map: torch.Tensor | None,
+) -> None:
+    """Add several rows at a time, as many as stay in the cache; arguments as for `add_row_by_row`, any dtype."""
+    width = value_logits.shape[1]
+    # There may be two temporaries: together they hold no more than one of rows × columns.
+    group = min(rows_in_cache(width), -(-len(rows) // 2))
+    if vocab_map is not None:
+        products = torch.zeros(group, width + 1, dtype=torch.float32, device=logits.device)
+    scale = torch.tensor(factors, dtype=torch.float32, device=logits.device)[:, None]
+    for start in range(0, len(rows), group):
+        part = slice(start, start + group)
+        targets, value, factor = rows[part], take_rows(value_logits, sources[part]), scale[part]
+        if vocab_map is None:
+            steer = drop_non_finite(torch.mul(value, factor))  # float32, as the factor is
+        else:
+            drop_non_finite(torch.mul(value, factor, out=products[: len(targets), 1:]))
+            steer = products[: len(targets)].index_select(1, vocab_map)
+        add_to_rows(logits, targets, steer)
 
 
 def rows_in_cache(width: int) -> int:
@@ -131,22 +181,15 @@ def take_rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
 
-def take_columns(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Gather columns of a matrix; torch is a third faster at it when there is one row only and it is a vector."""
-    if matrix.shape[0] == 1:
-        return matrix[0].index_select(0, columns)[None]
-    return matrix.index_select(1, columns)
+def largest_magnitude(value: torch.Tensor) -> float:
+    """The largest absolute value, or a NaN if there is one; one pass."""
+    low, high = torch.aminmax(value)
+    return max(-low.item(), high.item())
 
 
-def products_are_finite(value: torch.Tensor, factor: torch.Tensor) -> bool:
-    """Whether no product of a number in `value` and one in `factor` is NaN or overflows float32; one pass."""
-    low, high = (float(bound) for bound in torch.aminmax(value))
-    return max(-low, high) * max(map(abs, factor.flatten().tolist())) <= FLOAT32_MAX
-
-
-def drop_non_finite(steer: torch.Tensor) -> None:
+def drop_non_finite(steer: torch.Tensor) -> torch.Tensor:
     """Set NaN and infinities to 0, in place."""
-    steer.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return steer.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def add_to_rows(logits: torch.Tensor, rows: list[int], steer: torch.Tensor) -> None:

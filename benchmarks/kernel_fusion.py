@@ -1,0 +1,123 @@
+"""Benchmark of the weight solvers on the CPU: correct first, then against the published grid search, same objective.
+
+python benchmarks/kernel_fusion.py --threads 1        writes benchmarks/results/fusion-cpu.json
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "kernels"))  # from a checkout, installed or not
+
+import ivl_kernels  # noqa: E402
+from kernel_timing import environment, progress, time_cpu  # noqa: E402
+
+STEP, LARGEST = 0.1, 2.0  # the paper's grid
+
+
+def make_inputs(rows: int, columns: int, experts: int, gap: float) -> tuple[torch.Tensor, list, list]:
+    """Logits of a base, and of experts with their small base; one token per row stands out by `gap`."""
+    common = torch.randn(rows, columns)
+    common[torch.arange(rows), torch.randint(columns, (rows,))] += gap
+    base = common + 0.5 * torch.randn(rows, columns)
+    anti = common + 0.5 * torch.randn(rows, columns)
+    return base, [anti + torch.randn(rows, columns) for _ in range(experts)], [anti] * experts
+
+
+def divergence(logits: torch.Tensor, log_shares: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(logits) ‖ exp(log_shares)) of each row."""
+    moved = logits.log_softmax(dim=1)
+    return (moved.exp() * (moved - log_shares)).sum(dim=1)
+
+
+def grid_search(base: torch.Tensor, experts: list, antis: list) -> torch.Tensor:
+    """The weights of the grid with the least objective, `[rows, T]`: what the paper does at every token."""
+    log_shares = base.log_softmax(dim=1)
+    targets = [divergence(e, a.log_softmax(dim=1)) for e, a in zip(experts, antis, strict=True)]
+    deltas = [e - a for e, a in zip(experts, antis, strict=True)]
+    steps = [STEP * (i + 1) for i in range(round(LARGEST / STEP))]
+    least = torch.full((base.shape[0],), float("inf"))
+    chosen = torch.zeros(base.shape[0], len(experts))
+    for weights in itertools.product(steps, repeat=len(experts)):
+        logits = base.clone()
+        for weight, delta in zip(weights, deltas, strict=True):
+            logits.add_(delta, alpha=weight)
+        reached = divergence(logits, log_shares)
+        loss = sum((reached - target) ** 2 for target in targets)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        chosen[better] = torch.tensor(weights)
+    return chosen
+
+
+def ours(base: torch.Tensor, experts: list, antis: list) -> torch.Tensor:
+    """The solver under test, `[rows, T]`."""
+    if len(experts) == 1:
+        return ivl_kernels.fusion_weights(base, experts[0], antis[0], max_weight=LARGEST).weights[:, None]
+    return ivl_kernels.joint_fusion_weights(base, experts, antis, max_weight=LARGEST).weights
+
+
+def objective(base: torch.Tensor, experts: list, antis: list, weights: torch.Tensor) -> torch.Tensor:
+    """The sum of squared differences of divergences, in float64, `[rows]`."""
+    base, experts, antis = base.double(), [e.double() for e in experts], [a.double() for a in antis]
+    logits = base + sum(
+        w[:, None] * (e - a) for w, e, a in zip(weights.double().unbind(1), experts, antis, strict=True)
+    )
+    reached = divergence(logits, base.log_softmax(dim=1))
+    return sum((reached - divergence(e, a.log_softmax(dim=1))) ** 2 for e, a in zip(experts, antis, strict=True))
+
+
+def measure(quick: bool) -> dict:
+    """Check and time every case."""
+    shapes = [(1, 32_000, 1), (8, 32_000, 1), (1, 151_936, 1), (8, 151_936, 1), (1, 32_000, 2), (4, 32_000, 2)]
+    results = []
+    for (rows, columns, experts), gap in progress(
+        list(itertools.product(shapes[:1] if quick else shapes, (2.0, 12.0)))
+    ):
+        inputs = make_inputs(rows, columns, experts, gap)
+        found, searched = objective(*inputs, ours(*inputs)), objective(*inputs, grid_search(*inputs))
+        # Equal up to the rounding of a divergence to float32.
+        worse = found > searched + 1e-9
+        if worse.any():
+            raise SystemExit(f"worse than the grid search: {found[worse]} against {searched[worse]}; nothing was timed")
+        steps = {"ours": lambda: ours(*inputs), "grid search": lambda: grid_search(*inputs)}  # noqa: B023
+        timings = time_cpu(steps, 0.2 if quick else 2.0)
+        case = {"rows": rows, "columns": columns, "experts": experts, "gap": gap}
+        case["timings"] = {name: timing._asdict() for name, timing in timings.items()}
+        case["times_faster"] = timings["grid search"].median_us / timings["ours"].median_us
+        # Every weight has the same least possible objective with several experts: what is above it is the error.
+        case["largest_objective"] = {"ours": float(found.max()), "grid search": float(searched.max())}
+        case["mean_excess_of_grid_search"] = float((searched - found).mean())
+        results.append(case)
+    return {"environment": environment(torch.device("cpu")), "grid": {"step": STEP, "last": LARGEST}, "cases": results}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two cases only")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads (default: torch's choice)")
+    default = HERE / "results" / "fusion-cpu.json"
+    parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"JSON file (default: {default})")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    report = measure(arguments.quick)
+    for case in report["cases"]:
+        times = "  ".join(f"{name} {t['median_us'] / 1e3:.2f} ms" for name, t in case["timings"].items())
+        losses = "  ".join(f"{name} {value:.2g}" for name, value in case["largest_objective"].items())
+        what = f"{case['rows']} × {case['columns']}, {case['experts']} expert(s), gap {case['gap']:.0f}"
+        print(f"{what:36} {times}  {case['times_faster']:.1f}×   objective: {losses}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    print(f"\nwritten to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
