@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench transfer lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,6 +17,12 @@ demo: setup  ## train a value network on a small model, serve it beside a larger
 
 test: setup  ## run all tests
 	@$(BIN)/python -m pytest tests
+
+bench: setup  ## throughput against plain vLLM, the limit and every peer (20 minutes)
+	@$(BIN)/python benchmarks/throughput.py
+
+transfer: setup  ## train a family of small models and measure how far value networks transfer (an hour)
+	@$(BIN)/python benchmarks/transfer.py
 
 lint: setup  ## check style and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

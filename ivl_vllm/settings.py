@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ivl_vllm.steering import Steering, finite, parse_steering
 
 _VALUE_FIELDS = ("model", "minus", "vocab_map")
-_FIELDS = ("value_model", "values", "default_weight", "max_weight", "skip_unsteered")
+_FIELDS = ("value_model", "values", "default_weight", "max_weight", "skip_unsteered", "trace_file")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -56,12 +56,14 @@ class Settings:
         max_weight: largest absolute weight that a request may ask for.
         skip_unsteered: a value network that no scheduled request uses sits out the step. Requests that use different
             networks then share no blocks of the prefix cache.
+        trace_file: where the traces go that requests ask for; None refuses such requests.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
     default_weight: float = 0.0
     max_weight: float = 10.0
     skip_unsteered: bool = True
+    trace_file: str | None = None
 
     @functools.cached_property
     def networks(self) -> tuple[NetworkSource, ...]:
@@ -150,7 +152,20 @@ def parse_settings(config: Mapping[str, Any] | None, environ: Mapping[str, str] 
     skip_unsteered = config.get("skip_unsteered", Settings.skip_unsteered)
     if not isinstance(skip_unsteered, bool):
         raise ValueError(f"ivl: skip_unsteered is {skip_unsteered!r}: use true or false")
-    return Settings(parsed, default_weight, max_weight, skip_unsteered)
+    return Settings(parsed, default_weight, max_weight, skip_unsteered, _trace_file(config.get("trace_file")))
+
+
+def _trace_file(path: Any) -> str | None:
+    if path is None:
+        return None
+    if (
+        not isinstance(path, str)
+        or not path
+        or not os.path.isdir(os.path.dirname(os.path.abspath(path)))
+        or os.path.isdir(path)
+    ):
+        raise ValueError(f"ivl: trace_file is {path!r}: give the path of a file in a folder that exists")
+    return os.path.abspath(path)
 
 
 def _default_weight(config: Mapping[str, Any], environ: Mapping[str, str]) -> float:
@@ -208,6 +223,7 @@ def engine_args(
     default_weight: float | None = None,
     max_weight: float | None = None,
     skip_unsteered: bool | None = None,
+    trace_file: str | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` (or `EngineArgs`) that put value networks beside the base model.
 
@@ -219,6 +235,7 @@ def engine_args(
         default_weight: weight of a request that says nothing; 0.0 unless given.
         max_weight: largest accepted absolute weight; 10.0 unless given.
         skip_unsteered: whether value networks sit out the steps in which no request uses them; True unless given.
+        trace_file: file for the traces that requests ask for; without it they may not ask.
 
     Raises:
         ValueError: names the field, the value that was given and the fix.
@@ -229,6 +246,7 @@ def engine_args(
         "default_weight": default_weight,
         "max_weight": max_weight,
         "skip_unsteered": skip_unsteered,
+        "trace_file": trace_file,
     }
     config = {name: value for name, value in given.items() if value is not None}
     parse_settings(config)

@@ -6,6 +6,7 @@ This module imports nothing but the standard library: the vLLM frontend reads it
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ivl_vllm.settings import Settings
 
 _AUTO = "auto"
+_OPTIONS = ("max_kl", "trace")
+_TRACE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _EXAMPLES = 'send a number (1.0), true, false, or a string like "math=1.0,code=0.5", "auto" or "1.0;max_kl=2.0"'
 
 
@@ -26,11 +29,13 @@ class Steering:
         weights: name of a value -> weight, without those that are 0.
         auto: names of the pairs whose weights Dynamic Logits Fusion finds at every token; `weights` is empty then.
         max_kl: nats by which a token's distribution may move away from the base's; `weights` are scaled down to it.
+        trace: name under which the engine writes down how far each token was steered.
     """
 
     weights: dict[str, float] = field(default_factory=dict)
     auto: tuple[str, ...] = ()
     max_kl: float | None = None
+    trace: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -43,25 +48,24 @@ def parse_steering(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
 
     Raises:
         ValueError: anything but a number, a boolean, `{"name": number}`, `"name=number,other=number"`, `"auto"`,
-            `"auto:name,other"`, or weights with `;max_kl=number` behind them; an unknown name; a weight that is not
-            finite or beyond `max_weight`.
+            `"auto:name,other"`, such a string with `;max_kl=number` or `;trace=name` behind it; an unknown name; a
+            weight that is not finite or beyond `max_weight`; a trace where the engine has no `trace_file`.
     """
     if "ivl" not in (extra_args or {}):
         return Steering(_checked(settings, {_first(settings): settings.default_weight}))
     asked = extra_args["ivl"]
     if not isinstance(asked, str):
         return Steering(_checked(settings, asked if isinstance(asked, Mapping) else {_first(settings): asked}))
-    body, *options = (part.strip() for part in asked.split(";"))
-    max_kl = _max_kl(options, asked) if options else None
+    body, *rest = (part.strip() for part in asked.split(";"))
+    options = _options(rest, asked)
+    max_kl, trace = _max_kl(options.get("max_kl"), asked), _trace(settings, options.get("trace"))
     if body.partition(":")[0].strip() == _AUTO:
-        if options:
+        if max_kl is not None:
             raise ValueError(f"ivl: {asked!r} has a max_kl, but auto finds its own weight: ask for one of the two")
-        return Steering(auto=_auto_names(settings, body, asked))
-    if max_kl is not None and (number := _number(body)) is not None:
-        weights = {_first(settings): number}
-    else:
-        weights = _pairs(body, asked)
-    return Steering(_checked(settings, weights), max_kl=max_kl)
+        return Steering(auto=_auto_names(settings, body, asked), trace=trace)
+    number = _number(body) if options else None
+    weights = _pairs(body, asked) if number is None else {_first(settings): number}
+    return Steering(_checked(settings, weights), max_kl=max_kl, trace=trace)
 
 
 def _first(settings: Settings) -> str:
@@ -107,14 +111,38 @@ def _auto_names(settings: Settings, body: str, asked: str) -> tuple[str, ...]:
     return names
 
 
-def _max_kl(options: list[str], asked: str) -> float:
-    name, _, text = (piece.strip() for piece in options[0].partition("="))
+def _options(parts: list[str], asked: str) -> dict[str, str]:
+    """`["max_kl=2.0", "trace=a"]` -> `{"max_kl": "2.0", "trace": "a"}`."""
+    options: dict[str, str] = {}
+    for part in parts:
+        name, _, text = (piece.strip() for piece in part.partition("="))
+        if name not in _OPTIONS or name in options:
+            raise ValueError(
+                f'ivl: {asked!r}: a ";" is followed by max_kl=NATS or trace=NAME, each once, as in "1.0;max_kl=2.0"'
+            )
+        options[name] = text
+    return options
+
+
+def _max_kl(text: str | None, asked: str) -> float | None:
+    if text is None:
+        return None
     number = _number(text)
-    if len(options) > 1 or name != "max_kl" or number is None or not 0 < number < math.inf:
-        raise ValueError(
-            f'ivl: {asked!r}: what follows the ";" must be max_kl and a positive number of nats, as in "1.0;max_kl=2.0"'
-        )
+    if number is None or not 0 < number < math.inf:
+        raise ValueError(f'ivl: {asked!r}: max_kl must be a positive number of nats, as in "1.0;max_kl=2.0"')
     return number
+
+
+def _trace(settings: Settings, name: str | None) -> str | None:
+    if name is None:
+        return None
+    if settings.trace_file is None:
+        raise ValueError(
+            f"ivl: trace={name!r}, but this engine writes no traces: start it with trace_file in its settings"
+        )
+    if not _TRACE_NAME.fullmatch(name):
+        raise ValueError(f"ivl: trace={name!r} is no name: use up to 64 letters, digits, '_', '.', '-'")
+    return name
 
 
 def _number(text: str) -> float | None:

@@ -82,13 +82,16 @@ class Reference:
         return joined
 
     @staticmethod
-    def _mapped(model: torch.nn.Module, ids: Sequence[int], vocab_map: Any, columns: int) -> torch.Tensor:
-        """Value logits on the base's columns, of a model that reads each token as the mean of its pieces."""
+    def _read_through_map(model: torch.nn.Module, ids: Sequence[int], vocab_map: Any) -> torch.Tensor:
+        """Value logits on the model's own columns; it reads each token as the mean of its pieces."""
         embedding = model.get_input_embeddings()
         starts = vocab_map.piece_starts.tolist()
         pieces = [torch.from_numpy(vocab_map.pieces[starts[i] : starts[i + 1]]).long() for i in ids]
-        value = model(inputs_embeds=torch.stack([embedding(p).mean(0) for p in pieces])[None]).logits[0]
-        value = value[:, : vocab_map.value_vocab]
+        return model(inputs_embeds=torch.stack([embedding(p).mean(0) for p in pieces])[None]).logits[0]
+
+    def _mapped(self, model: torch.nn.Module, ids: Sequence[int], vocab_map: Any, columns: int) -> torch.Tensor:
+        """Value logits on the base's columns."""
+        value = self._read_through_map(model, ids, vocab_map)[:, : vocab_map.value_vocab]
         sources = torch.cat([value, value.mean(1, keepdim=True), torch.zeros(len(ids), 1)], dim=1)
         mapped = torch.zeros(len(ids), columns)
         mapped[:, : vocab_map.base_vocab] = sources[:, torch.from_numpy(vocab_map.columns).long()]

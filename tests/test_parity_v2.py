@@ -18,4 +18,4 @@ def test_model_runner_v2():
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "v2_cases.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert re.search(r"\b11 passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-500:]
+    assert re.search(r"\b13 passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-500:]

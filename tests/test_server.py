@@ -35,7 +35,11 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "and", "says", "hello"
 
 
 def settings(models) -> str:
-    values = {"math": {"model": str(models["value"])}, "style": {"model": str(models["anti"])}}
+    values = {
+        "math": {"model": str(models["value"])},
+        "style": {"model": str(models["anti"])},
+        "prose": {"model": str(models["value"]), "minus": str(models["anti"])},
+    }
     return json.dumps({"ivl": {"values": values, "max_weight": 5.0}})
 
 
@@ -88,12 +92,15 @@ def server(models):
         yield url
 
 
+SOLVED = ["auto:prose", "2.0;max_kl=0.5", "math=1.0,style=-1.0;max_kl=0.2"]
+
+
 def good_requests(count: int) -> list[dict]:
     rng = random.Random(3)
     requests = []
     for number in range(count):
         text = " ".join(rng.choices(WORDS, k=rng.randrange(1, 12)))
-        ivl = rng.choice([..., 0, 1.0, 2, True, False, "math=0.5,style=1.0", "style=-1", -1.5])
+        ivl = rng.choice([..., 0, 1.0, 2, True, False, "math=0.5,style=1.0", "style=-1", -1.5, *SOLVED])
         requests.append(
             {
                 "text": text,
@@ -114,6 +121,9 @@ BAD = [
     "math=1,math=1",
     "other=1.0",
     "math=nan",
+    "auto",
+    "auto:other",
+    "1.0;max_kl=-1",
     5.5,
     -6,
     [1.0],

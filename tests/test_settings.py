@@ -49,6 +49,22 @@ def test_weights_that_are_found_at_every_token(asked, steering):
     assert settings.networks_of(steering.names)
 
 
+def test_traces_are_the_operators_to_allow(tmp_path):
+    settings = Settings(PAIR.values, trace_file=str(tmp_path / "trace.jsonl"))
+    assert settings.steering({"ivl": "auto;trace=a.1"}) == Steering(auto=("math",), trace="a.1")
+    assert settings.steering({"ivl": "0;trace=b"}) == Steering(trace="b")
+    assert settings.steering({"ivl": "code=1 ; max_kl=2; trace=c"}) == Steering({"code": 1.0}, max_kl=2.0, trace="c")
+    for name in ("", "a b", "../x", "x" * 65):
+        with pytest.raises(ValueError, match="is no name"):
+            settings.steering({"ivl": f"1.0;trace={name}"})
+
+
+@pytest.mark.parametrize("path", [3, "", "/no/such/folder/trace.jsonl", "FOLDER"])
+def test_a_trace_needs_a_file_that_can_be_written(folder, path):
+    with pytest.raises(ValueError, match="trace_file is"):
+        parse_settings({"value_model": folder, "trace_file": folder if path == "FOLDER" else path}, {})
+
+
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 1}])
 def test_a_request_that_says_nothing_gets_the_default(extra_args):
     assert PAIR.steering(extra_args) == Steering({"math": 0.5})
@@ -72,10 +88,11 @@ def test_a_request_that_says_nothing_gets_the_default(extra_args):
         ("auto;max_kl=1", "one of the two"),
         ("1.0;max_kl=0", "positive number of nats"),
         ("1.0;max_kl=inf", "positive number of nats"),
-        ("1.0;kl=1", "positive number of nats"),
-        ("1.0;", "positive number of nats"),
-        ("1.0;max_kl=1;max_kl=2", "positive number of nats"),
+        ("1.0;kl=1", "max_kl=NATS or trace=NAME"),
+        ("1.0;", "max_kl=NATS or trace=NAME"),
+        ("1.0;max_kl=1;max_kl=2", "max_kl=NATS or trace=NAME"),
         ("strong;max_kl=1", "is not a weight"),
+        ("1.0;trace=a", "start it with trace_file"),
         ("5;max_kl=1", "max_weight=4"),
         ("maths=1", "unknown value 'maths': this engine has math, code, style"),
         ({"math": "1"}, "is a str"),

@@ -6,6 +6,7 @@ import random
 import pytest
 from cascade_models import mark_scheme
 from parity import Reference, Request, assert_parity, engine, metric, random_requests, run
+from solved_reference import SolvedReference, solved_requests
 from tiny import make_model
 from vocab_map_models import VALUE_VOCAB, make_other, random_map
 
@@ -190,6 +191,45 @@ def test_speculative_decoding_with_a_draft_model(models, tmp_path, monkeypatch, 
         assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
         assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_solved_weights(models, tmp_path, monkeypatch, drafts):
+    """Every row has its own weight, draft rows too, whose requests only the device knows."""
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    monkeypatch.setattr(rejection_sampler, "get_max_chunk_logits", lambda vocab_size: 7)
+    speculation = {}
+    if drafts:
+        draft = make_model(tmp_path / "draft", seed=1, hidden=128, layers=3, heads=4, kv_heads=2)
+        speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
+    values = {
+        "math": {"model": str(models["value"])},
+        "style": {"model": str(models["sliding"]), "minus": str(models["anti"])},
+        "prose": {"model": str(models["value"]), "minus": str(models["anti"])},
+    }
+    kinds = [
+        ({}, 0),
+        ({"style": "auto"}, "auto:style"),
+        ({"math": 1.0}, 1.0),
+        ({"math": 1.0, "style": 1.0, "max_kl": 0.5}, "math=1.0,style=1.0;max_kl=0.5"),
+        ({"style": "auto", "prose": "auto"}, "auto:style,prose"),
+    ]
+    with engine(
+        models["base"],
+        **ivl_vllm.engine_args(values=values),
+        **({"speculative_config": speculation} if drafts else {}),
+        max_num_batched_tokens=48,
+        disable_log_stats=False,
+    ) as llm:
+        requests = solved_requests(15, 82, kinds, spread=8)
+        for request in requests:
+            request.params["max_tokens"] = min(10, request.params["max_tokens"])
+        outputs = run(llm, requests)
+        if drafts:
+            assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
+    pairs = {"style": (models["sliding"], models["anti"]), "prose": (models["value"], models["anti"])}
+    assert_parity(SolvedReference(models["base"], math=models["value"], **pairs), requests, outputs)
 
 
 def test_speculative_decoding_with_ngrams(models):

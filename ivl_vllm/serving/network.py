@@ -122,11 +122,21 @@ class Network:
         if self.head is not None:
             lm_head_value_add(logits, hidden, self.head, weights, row_index=row_index, vocab_map=vocab_map)
             return
-        # Contiguous: the rows are columns of the joined tensor, and quantized heads want plain ones.
-        value_logits = self.model.compute_logits(hidden.contiguous())
+        value_logits = self.value_logits(hidden)
         if self._other is not None:
             value_logits = self._other.with_mean(value_logits)
         value_add(logits, value_logits, weights, row_index=row_index, vocab_map=vocab_map)
+
+    def value_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[n, columns of its own vocabulary]` logits of `[n, hidden]`, unweighted and unmapped."""
+        # Contiguous: the rows are columns of the joined tensor, and quantized heads want plain ones.
+        value_logits = self.model.compute_logits(hidden.contiguous())
+        return value_logits if self._other is None else self._other.known(value_logits)
+
+    @property
+    def partners(self) -> torch.Tensor | None:
+        """Each base column's own column of the value logits, -1 for none; None where both have one vocabulary."""
+        return None if self._other is None else self._other.partners
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:

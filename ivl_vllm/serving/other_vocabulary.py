@@ -25,6 +25,7 @@ class OtherVocabulary:
     Attributes:
         columns: int32 `[base columns]`, as the kernels take it; the column `vocab_map.value_vocab` is the row's mean.
         mean: whether some base column gets the mean of the value row.
+        partners: `columns`, with none (-1) in place of the mean.
     """
 
     def __init__(self, vocab_map: VocabMap, model: nn.Module, base_columns: int):
@@ -34,6 +35,7 @@ class OtherVocabulary:
         columns = torch.full((base_columns,), -1, dtype=torch.int32)
         columns[: vocab_map.base_vocab] = torch.from_numpy(vocab_map.columns)
         self.columns = check_vocab_map(columns, self._value_columns + self.mean, base_columns).to(device)
+        self.partners = torch.where(self.columns < self._value_columns, self.columns, -1).to(torch.int32)
         starts = torch.from_numpy(vocab_map.piece_starts).long()
         pieces = torch.from_numpy(vocab_map.pieces)
         first = torch.zeros(base_columns, dtype=torch.int32)
@@ -48,6 +50,10 @@ class OtherVocabulary:
             return self._ids[input_ids].to(input_ids.dtype), None
         return None, self._embeddings[input_ids]
 
+    def known(self, value_logits: torch.Tensor) -> torch.Tensor:
+        """Value logits `[n, columns]` without padding: the columns that have a token."""
+        return value_logits[:, : self._value_columns]
+
     def with_mean(self, value_logits: torch.Tensor) -> torch.Tensor:
         """Value logits `[n, columns]` with their mean as a further column, if some base column wants it.
 
@@ -55,7 +61,7 @@ class OtherVocabulary:
         """
         if not self.mean:
             return value_logits
-        known = value_logits[:, : self._value_columns]
+        known = self.known(value_logits)
         return torch.cat([known, known.float().mean(1, keepdim=True).to(known.dtype)], dim=1)
 
 

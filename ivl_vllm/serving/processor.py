@@ -10,6 +10,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.sample.logits_processor import process_dict_updates
 
 from ivl_vllm.serving import admission
+from ivl_vllm.steering import Steering
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
@@ -38,9 +39,13 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device_or_states: Any, is_pin_memory: bool = False):
         # Not at the top: the frontend imports this module only to validate requests.
+        from vllm.distributed import get_tensor_model_parallel_rank
+
         from ivl_vllm.serving.checks import engine_settings
         from ivl_vllm.serving.joined_model import ValueRows
         from ivl_vllm.serving.request_weights import RequestWeights
+        from ivl_vllm.serving.solved_weights import SolvedWeights
+        from ivl_vllm.serving.trace import Trace
 
         if "ivl" not in vllm_config.additional_config:
             raise ValueError(
@@ -49,13 +54,16 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             )
         self._settings = engine_settings(vllm_config)
         self._value_rows = ValueRows.of(vllm_config)
-        self._weights = RequestWeights(
-            vllm_config.scheduler_config.max_num_seqs,
-            len(self._settings.networks),
-            getattr(device_or_states, "device", device_or_states),
-        )
+        num_slots = vllm_config.scheduler_config.max_num_seqs
+        device = getattr(device_or_states, "device", device_or_states)
+        self._weights = RequestWeights(num_slots, len(self._settings.networks), device)
+        self._solved = SolvedWeights(self._settings, num_slots, device)
         self._drafts = vllm_config.speculative_config is not None
-        self._by_position: dict[int, list[float]] = {}
+        self._by_position: dict[int, tuple[Steering, list[int]]] = {}
+        self._trace = None
+        if self._settings.trace_file is not None and get_tensor_model_parallel_rank() == 0:
+            prompt_len = getattr(device_or_states, "prompt_len", None)
+            self._trace = Trace(self._settings.trace_file, None if prompt_len is None else prompt_len.np)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -70,40 +78,51 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """False: steering changes which token is the likeliest."""
         return False
 
-    def _request_weights(self, params: SamplingParams) -> list[float] | None:
-        """Weight per network, or None for a request that is not steered."""
+    def _steering(self, params: SamplingParams) -> Steering | None:
+        """What a request asks for, None if that is nothing."""
         try:
-            weights = self._settings.steering(params.extra_args).weights
+            steering = self._settings.steering(params.extra_args)
         except ValueError as error:
             # Possible only where several engines share a process and another one's settings admitted the request.
             # Raising would take down every other request with it.
             logger.error("%s; the request runs unsteered", error)
             return None
-        return self._settings.network_weights(weights) if weights else None
+        return steering if steering != Steering() else None
+
+    def _set(self, slot: int, steering: Steering | None, outputs: list[int] | None = None) -> bool:
+        """Gives a slot its request's wish. Returns whether its rows have to come by."""
+        traced = self._trace is not None and self._trace.set(slot, steering, outputs)
+        steering = steering or Steering()
+        solved = self._solved.set(slot, steering)
+        fixed = None if solved or not steering.weights else self._settings.network_weights(steering.weights)
+        return self._weights.set(slot, fixed) or solved or traced
+
+    def _added(self, params: SamplingParams, _prompt: Any, outputs: list[int]) -> tuple[Steering, list[int]] | None:
+        steering = self._steering(params)
+        return None if steering is None else (steering, outputs)
 
     # Runner V1: requests sit at positions of a batch and are moved about.
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follows requests that were added, removed or moved."""
         before = dict(self._by_position)
-        if process_dict_updates(
-            self._by_position, batch_update, lambda params, _prompt, _output: self._request_weights(params)
-        ):
+        if process_dict_updates(self._by_position, batch_update, self._added):
             for position in before.keys() | self._by_position.keys():
-                self._weights.set(position, self._by_position.get(position))
-        self._weights.flush()
+                self._set(position, *self._by_position.get(position, (None,)))
+        self.apply_staged_writes()
 
     # Runner V2: requests keep a slot, and rows are mapped to slots every step.
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Fills a slot. Returns whether `apply` has to be called for this request."""
-        steered = self._weights.set(req_idx, self._request_weights(sampling_params))
+        steered = self._set(req_idx, self._steering(sampling_params))
         # With drafts a step's logits come in several pieces, and every piece must come by to keep the rows in step.
         return steered or self._drafts
 
     def apply_staged_writes(self) -> None:
         """Sends this step's new weights to the device."""
         self._weights.flush()
+        self._solved.flush()
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Adds the weighted value logits in place.
@@ -112,15 +131,27 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             logits: fp32 `[rows, vocab]`.
             ctx: V2's `LogitsContext`; None from V1, where row i belongs to the request at position i.
         """
-        if not self._weights.any_steered:
+        steered = self._weights.any_steered or self._solved.any
+        if not steered and self._trace is None:
             return logits
-        hidden = self._value_rows.take(logits.shape[0])
-        if ctx is None:
-            chosen = self._weights.of_rows(np.arange(logits.shape[0]))
-        elif ctx.idx_mapping_np.shape[0] == logits.shape[0] and not self._drafts:
-            chosen = self._weights.of_rows(ctx.idx_mapping_np)
-        else:
-            chosen = self._weights.of_slots(ctx.expanded_idx_mapping, ctx.idx_mapping_np)
+        slots = np.arange(logits.shape[0]) if ctx is None else ctx.idx_mapping_np
+        traced = [] if self._trace is None else self._trace.rows(slots, ctx)
+        base = logits[[row.row for row in traced]] if traced else None
+        solved = self._steer(logits, slots, ctx) if steered else []
+        if traced:
+            self._trace.write(traced, base, logits[[row.row for row in traced]], solved)
+        return logits
+
+    def _steer(self, logits: torch.Tensor, slots: np.ndarray, ctx: Any) -> list:
+        """Adds the value logits, and returns the weights that were solved, see `SolvedWeights.apply`."""
+        hidden, networks = self._value_rows.take(logits.shape[0]), self._value_rows.networks
+        slot_of_row = None
+        if ctx is not None and (slots.shape[0] != logits.shape[0] or self._drafts):
+            slot_of_row = ctx.expanded_idx_mapping
+        solved = self._solved.apply(logits, hidden, networks, slots, slot_of_row) if self._solved.any else []
+        if not self._weights.any_steered:
+            return solved
+        chosen = self._weights.of_rows(slots) if slot_of_row is None else self._weights.of_slots(slot_of_row, slots)
         for number, rows_and_weights in chosen.items():
             if rows_and_weights is None:
                 continue
@@ -131,5 +162,5 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                     'false in additional_config["ivl"] and please report the engine arguments'
                 )
             rows = hidden[number] if row_index is None else hidden[number][row_index]
-            self._value_rows.networks[number].add_logits(logits, rows, weights, row_index)
-        return logits
+            networks[number].add_logits(logits, rows, weights, row_index)
+        return solved

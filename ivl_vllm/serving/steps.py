@@ -110,7 +110,9 @@ class Steps:
             self._of_request.pop(request, None)
         for new in scheduled.scheduled_new_reqs:
             self._of_request[new.req_id] = needed_networks(self.settings, new.sampling_params)
-        self.needed = frozenset().union(*(self._of_request[request] for request in scheduled.num_scheduled_tokens))
+        everything = frozenset(range(len(self.settings.networks)))
+        used = (self._of_request.get(request, everything) for request in scheduled.num_scheduled_tokens)
+        self.needed = frozenset().union(*used)
 
     def end(self) -> None:
         """The step's forward is over."""

@@ -1,0 +1,157 @@
+"""Weights that are found anew for every token: Dynamic Logits Fusion (`auto`), and bounded divergence (`max_kl`).
+
+Dynamic Logits Fusion: Fan et al., 2024, arXiv 2406.15480. How the weights are found stands in `ivl_kernels.fusion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from ivl_kernels import fusion_weights, joint_fusion_weights, trust_region_weights, value_add
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from ivl_vllm.serving.network import Network
+from ivl_vllm.settings import Settings
+from ivl_vllm.steering import Steering
+
+FIXED, BOUNDED = 0, 1  # kinds of slots; further ones are the sets of pairs that requests have asked for
+
+
+class SolvedWeights:
+    """What requests with solved weights ask for, by slot: on the host to choose rows by, on the device to solve with.
+
+    Args:
+        settings: the engine's.
+        num_slots: requests that can run at once.
+        device: where the logits are.
+    """
+
+    def __init__(self, settings: Settings, num_slots: int, device: torch.device):
+        self._settings = settings
+        self._kind = np.zeros(num_slots, dtype=np.int64)
+        # Per slot: the weight of every network, and then max_kl.
+        self._bounds = np.zeros((num_slots, len(settings.networks) + 1), dtype=np.float32)
+        self._device_kind = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._device_bounds = torch.zeros(num_slots, self._bounds.shape[1], dtype=torch.float32, device=device)
+        self._kinds: dict[tuple[str, ...], int] = {}
+        self._dirty = False
+        self.any = False
+        numbers = {source: number for number, source in enumerate(settings.networks)}
+        # name of a pair -> numbers of its expert and of the expert's base
+        self._pairs = {
+            name: tuple(numbers[source] for source, _ in value.signed_networks)
+            for name, value in settings.values.items()
+            if value.minus is not None
+        }
+
+    def set(self, slot: int, steering: Steering) -> bool:
+        """Gives a slot its request's wish. Returns whether its weights have to be solved."""
+        kind, bounds = FIXED, np.zeros(self._bounds.shape[1], np.float32)
+        if steering.auto:
+            kind = self._kinds.setdefault(steering.auto, BOUNDED + 1 + len(self._kinds))
+        elif steering.max_kl is not None and steering.weights:
+            kind = BOUNDED
+            bounds[:] = [*self._settings.network_weights(steering.weights), steering.max_kl]
+        if kind != self._kind[slot] or not np.array_equal(bounds, self._bounds[slot]):
+            self._kind[slot], self._bounds[slot] = kind, bounds
+            self._dirty = True
+        return kind != FIXED
+
+    def flush(self) -> None:
+        """Sends changes to the device; nothing waits for it."""
+        if self._dirty:
+            self._device_kind.copy_(async_tensor_h2d(self._kind, device=self._device_kind.device))
+            self._device_bounds.copy_(async_tensor_h2d(self._bounds, device=self._device_bounds.device))
+            self._dirty = False
+            self.any = bool(self._kind.any())
+
+    def apply(
+        self,
+        logits: torch.Tensor,
+        hidden: Sequence[torch.Tensor | None],
+        networks: Sequence[Network],
+        slots: np.ndarray,
+        slot_of_row: torch.Tensor | None = None,
+    ) -> list[tuple[torch.Tensor | None, torch.Tensor]]:
+        """Solves the weights of these rows and adds their value logits, in place.
+
+        Args:
+            logits: fp32 `[rows, vocab of the base]`.
+            hidden: per network `[rows, hidden]`, None for one that sits this step out.
+            networks: all value networks.
+            slots: int `[rows]`, the slot of every row; with `slot_of_row`, the slots that the rows belong to.
+            slot_of_row: int `[rows]` on the device, where only the device knows them (draft rows).
+
+        Returns:
+            What was found, on the device: row numbers int `[n]` (None: all rows), and fp32 `[n, names]` weights of
+            `auto`, or `[n, 1]` parts of the weights that `max_kl` left over; 0 in rows of other requests.
+        """
+        found = []
+        kinds = self._kind[slots]
+        for kind in np.unique(kinds[kinds != FIXED]):
+            rows, of_row = None, slot_of_row
+            if slot_of_row is None:
+                index = np.flatnonzero(kinds == kind)
+                rows = async_tensor_h2d(index, device=logits.device)
+                of_row = async_tensor_h2d(slots[index], device=logits.device)
+            inputs = [part if part is None or rows is None else part[rows] for part in hidden]
+            # Where all rows are taken, the others get no weight.
+            member = (self._device_kind[of_row] == int(kind)).float()
+            if kind == BOUNDED:
+                weights = self._bound(logits, inputs, networks, rows, member, self._device_bounds[of_row])
+            else:
+                names = next(names for names, number in self._kinds.items() if number == kind)
+                weights = self._fuse(logits, inputs, networks, rows, member, names)
+            found.append((rows, weights))
+        return found
+
+    def _bound(
+        self,
+        logits: torch.Tensor,
+        hidden: Sequence[torch.Tensor | None],
+        networks: Sequence[Network],
+        rows: torch.Tensor | None,
+        member: torch.Tensor,
+        bounds: torch.Tensor,
+    ) -> torch.Tensor:
+        """Adds the largest part of the weighted value logits that keeps within `max_kl` of the base."""
+        delta = logits.new_zeros(member.shape[0], logits.shape[1])
+        for number, network in enumerate(networks):
+            if hidden[number] is not None:
+                network.add_logits(delta, hidden[number], bounds[:, number].contiguous(), None)
+        part = trust_region_weights(logits, delta, member, bounds[:, -1].contiguous(), row_index=rows).weights
+        value_add(logits, delta, part, row_index=rows)
+        return part[:, None]
+
+    def _fuse(
+        self,
+        logits: torch.Tensor,
+        hidden: Sequence[torch.Tensor | None],
+        networks: Sequence[Network],
+        rows: torch.Tensor | None,
+        member: torch.Tensor,
+        names: tuple[str, ...],
+    ) -> torch.Tensor:
+        """Adds each pair's difference with the weight that Dynamic Logits Fusion finds for it."""
+        experts, antis, maps = [], [], []
+        for name in names:
+            pair = self._pairs[name]
+            expert, anti = (networks[number].value_logits(hidden[number]).float() for number in pair)
+            known = min(expert.shape[1], anti.shape[1])  # they may be padded differently
+            experts.append(expert[:, :known])
+            antis.append(anti[:, :known])
+            maps.append(networks[pair[0]].partners)
+        highest = member * self._settings.max_weight
+        if len(names) == 1:
+            solved = fusion_weights(
+                logits, experts[0], antis[0], max_weight=highest, row_index=rows, vocab_map=maps[0]
+            ).weights[:, None]
+        else:
+            solved = joint_fusion_weights(
+                logits, experts, antis, max_weight=highest, row_index=rows, vocab_maps=maps
+            ).weights
+        for expert, anti, vocab_map, weights in zip(experts, antis, maps, solved.unbind(1), strict=True):
+            value_add(logits, expert - anti, weights.contiguous(), row_index=rows, vocab_map=vocab_map)
+        return solved

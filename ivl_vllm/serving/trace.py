@@ -1,0 +1,137 @@
+"""The trace: for requests that ask for it, how far each token was steered, as JSON lines in a file of the operator's.
+
+One line for each row that the engine samples from: the request's name for it, the position among the output tokens, the
+token before it, the base's likeliest token, the steered distribution's, the weights, and
+`KL(softmax(steered) ‖ softmax(base))` in nats. Lines are written as the step runs, so of a position that is computed
+again (a prompt in chunks, a rejected draft) the last line counts. No token of the prompt is written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+
+from ivl_vllm.steering import Steering
+
+# vLLM shows what is logged under its own name and nothing else.
+logger = init_logger(f"vllm.{__name__}")
+
+MAX_BYTES = 64 << 20
+
+
+class _Request(NamedTuple):
+    """A traced request in its slot; `outputs` is vLLM's own list of output tokens, which V2 does not have."""
+
+    steering: Steering
+    outputs: list[int] | None
+
+
+class _Row(NamedTuple):
+    """A traced row of logits; its position is below 0 while the prompt is not done."""
+
+    row: int
+    request: _Request
+    position: int
+    token_before: int | None
+
+
+class Trace:
+    """Writes the trace of one engine. Waits for the device in every step that has a traced request.
+
+    Args:
+        path: of the file; lines are appended.
+        prompt_len: V2's `[slots]` prompt lengths on the host; V1 has none.
+        max_bytes: nothing more is written once the file is this large.
+    """
+
+    def __init__(self, path: str, prompt_len: np.ndarray | None = None, max_bytes: int = MAX_BYTES):
+        self._path = Path(path)
+        self._prompt_len = prompt_len
+        self._max_bytes = max_bytes
+        self._size = self._path.stat().st_size if self._path.exists() else 0
+        self._requests: dict[int, _Request] = {}
+
+    def set(self, slot: int, steering: Steering | None, outputs: list[int] | None) -> bool:
+        """Gives a slot its request. Returns whether it is traced."""
+        self._requests.pop(slot, None)
+        if steering is not None and steering.trace is not None:
+            self._requests[slot] = _Request(steering, outputs)
+        return slot in self._requests
+
+    def rows(self, slots: np.ndarray, ctx: Any) -> list[_Row]:
+        """The traced rows of a step.
+
+        Args:
+            slots: int, the slot of every row (V1), or the slots that the rows belong to.
+            ctx: V2's `LogitsContext`; None from V1.
+        """
+        if not any(slot in self._requests for slot in slots.tolist()):
+            return []
+        if ctx is None:
+            found = ((row, self._requests.get(slot)) for row, slot in enumerate(slots.tolist()))
+            # A token that vLLM has sampled but not yet sent to the host stands there as -1.
+            return [
+                _Row(row, request, len(request.outputs), next((t for t in request.outputs[-1:] if t >= 0), None))
+                for row, request in found
+                if request is not None
+            ]
+        columns = torch.stack([ctx.expanded_idx_mapping.long(), ctx.pos.long(), ctx.input_ids.long()]).tolist()
+        rows = []
+        for row, (slot, position, token) in enumerate(zip(*columns, strict=True)):
+            if slot in self._requests:
+                position += 1 - int(self._prompt_len[slot])
+                rows.append(_Row(row, self._requests[slot], position, token if position > 0 else None))
+        return rows
+
+    @torch.inference_mode()
+    def write(
+        self,
+        rows: list[_Row],
+        base: torch.Tensor,
+        steered: torch.Tensor,
+        solved: list[tuple[torch.Tensor | None, torch.Tensor]],
+    ) -> None:
+        """Appends one line for each row.
+
+        Args:
+            rows: the traced rows.
+            base: fp32 `[len(rows), vocab]` logits before steering.
+            steered: the same after it.
+            solved: what `SolvedWeights.apply` found.
+        """
+        of_row: dict[int, list[float]] = {}
+        for numbers, weights in solved:
+            numbers = range(weights.shape[0]) if numbers is None else numbers.tolist()
+            of_row |= {n: w for n, w in zip(numbers, weights.tolist(), strict=True) if any(w) or n not in of_row}
+        before, after = base.log_softmax(-1), steered.log_softmax(-1)
+        # What both exclude is -inf in both, and contributes nothing.
+        kl = (after.exp() * (after - before).nan_to_num(0.0, posinf=0.0, neginf=0.0)).sum(-1)
+        choices = torch.stack([before.argmax(-1), after.argmax(-1)], dim=1).tolist()
+        lines = []
+        for row, divergence, (base_token, token) in zip(rows, kl.tolist(), choices, strict=True):
+            if row.position >= 0:
+                steering = row.request.steering
+                line: dict[str, Any] = {"trace": steering.trace, "position": row.position}
+                line |= {"token_before": row.token_before, "base_token": base_token, "token": token}
+                line |= {"weights": _weights(steering, of_row.get(row.row)), "kl": max(divergence, 0.0)}
+                lines.append(json.dumps(line) + "\n")
+        text = "".join(lines)
+        if self._size + len(text) > self._max_bytes:
+            logger.warning_once("ivl: trace file %s is full (%d bytes), the rest is left out", self._path, self._size)
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
+        self._size += len(text)
+
+
+def _weights(steering: Steering, solved: list[float] | None) -> dict[str, float]:
+    """Name -> weight with which a row was steered in the end."""
+    if steering.auto:
+        return dict(zip(steering.auto, solved or (), strict=True))
+    part = solved[0] if steering.max_kl is not None and solved else 1.0
+    return {name: weight * part for name, weight in steering.weights.items()}

@@ -1,0 +1,161 @@
+"""`ivl trace`: a trace as a picture, the generated text coloured by how far each token was steered."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = 90
+LEGEND = "red: KL from the base, full at {full:.2g} nats; underlined: not the base's own choice"
+
+
+class Token(NamedTuple):
+    """One generated token.
+
+    Attributes:
+        token: its id.
+        base_token: id of the token that the base would have liked best.
+        kl: nats between the steered distribution and the base's.
+        weights: name of the value -> weight.
+    """
+
+    token: int
+    base_token: int
+    kl: float
+    weights: dict[str, float]
+
+
+def read_trace(path: str) -> dict[str, list[Token]]:
+    """Name of the trace -> its tokens in order.
+
+    A position that was computed more than once counts as it was the last time. The token at a position is what the line
+    of the next one says came before it; the last one's is the likeliest after steering.
+
+    Raises:
+        ValueError: no such file, or a line that is none of a trace.
+    """
+    traces: dict[str, dict[int, dict]] = {}
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                try:
+                    line = json.loads(text)
+                    tokens = line["token"], line["base_token"], line["token_before"], float(line["kl"]), line["weights"]
+                    traces.setdefault(line["trace"], {})[int(line["position"])] = tokens
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ValueError(f"{path}, line {number}: no line of a trace ({error!r})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): give the engine's trace_file") from error
+    found = {}
+    for name, lines in traces.items():
+        positions = sorted(lines)
+        found[name] = []
+        for position in positions:
+            token, base_token, _, kl, weights = lines[position]
+            following = lines.get(position + 1)
+            actual = token if following is None or following[2] is None else following[2]
+            found[name].append(Token(actual, base_token, kl, weights))
+    return found
+
+
+def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) -> None:
+    """Draws traces into one HTML or PNG file.
+
+    Args:
+        path: the trace file.
+        tokenizer: folder or hub id of the base.
+        names: traces to draw; None for all.
+        output: where to; its ending says what.
+
+    Raises:
+        ValueError: a file that cannot be read or written, an unknown name or ending, no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    ending = Path(output).suffix
+    if ending not in (".html", ".png"):
+        raise ValueError(f"--output is {output!r}: end it in .html or .png")
+    traces = read_trace(path)
+    for name in names or ():
+        if name not in traces:
+            raise ValueError(f"--name is {name!r}, but {path} has {', '.join(traces) or 'no trace'}")
+    chosen = {name: traces[name] for name in (names or traces)}
+    if not any(chosen.values()):
+        raise ValueError(f"{path} has no trace: ask for one with a request's ;trace=NAME")
+    try:
+        decoder = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer is {tokenizer!r}: there is no tokenizer to load ({error})") from error
+    full = max(token.kl for tokens in chosen.values() for token in tokens) or 1.0
+    try:
+        (_write_html if ending == ".html" else _write_png)(chosen, decoder, full, Path(output))
+    except OSError as error:
+        raise ValueError(f"--output is {output!r}: cannot be written ({error.strerror})") from error
+
+
+def _told(token: Token, decoder: PreTrainedTokenizerBase) -> str:
+    weights = ", ".join(f"{name} {weight:.3g}" for name, weight in token.weights.items()) or "unsteered"
+    return f"{weights}; {token.kl:.3g} nats; the base: {decoder.decode([token.base_token])!r}"
+
+
+def _write_html(traces: dict[str, list[Token]], decoder: PreTrainedTokenizerBase, full: float, output: Path) -> None:
+    parts = [
+        '<!doctype html><meta charset="utf-8"><title>ivl trace</title>',
+        "<style>body{font:16px/1.7 monospace;margin:2em;max-width:70em}p{white-space:pre-wrap}</style>",
+        f"<p>{html.escape(LEGEND.format(full=full))}; hover for the weights</p>",
+    ]
+    for name, tokens in traces.items():
+        parts.append(f"<h3>{html.escape(name)}</h3><p>")
+        for token in tokens:
+            style = f"background:rgba(214,69,65,{token.kl / full:.3f})"
+            if token.token != token.base_token:
+                style += ";text-decoration:underline"
+            text = html.escape(decoder.decode([token.token]))
+            parts.append(f'<span style="{style}" title="{html.escape(_told(token, decoder))}">{text}</span>')
+        parts.append("</p>")
+    output.write_text("".join(parts), encoding="utf-8")
+
+
+def _write_png(traces: dict[str, list[Token]], decoder: PreTrainedTokenizerBase, full: float, output: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("a PNG needs matplotlib: pip install 'ivl-vllm[train]', or write .html") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows: list[list[tuple[int, str, Token | None]]] = []
+    for name, tokens in traces.items():
+        rows += [[(0, name, None)], []]
+        column = 0
+        for token in tokens:
+            text = decoder.decode([token.token]).replace("\n", "⏎")
+            if column + len(text) > COLUMNS and column:
+                rows.append([])
+                column = 0
+            rows[-1].append((column, text, token))
+            column += len(text)
+    figure, axes = plt.subplots(figsize=(COLUMNS * 0.1 + 0.5, len(rows) * 0.28 + 0.8))
+    axes.set(xlim=(0, COLUMNS), ylim=(len(rows), -1))
+    axes.axis("off")
+    axes.set_title(LEGEND.format(full=full), fontsize=8, loc="left")
+    for y, row in enumerate(rows):
+        for x, text, token in row:
+            font = {"family": "monospace", "fontsize": 10, "va": "center", "parse_math": False}
+            if token is None:
+                axes.text(x, y, text, weight="bold", **font)
+                continue
+            axes.axhspan(
+                y - 0.45, y + 0.45, x / COLUMNS, (x + len(text)) / COLUMNS, color="#d64541", alpha=token.kl / full, lw=0
+            )
+            axes.text(x, y, text, **font)
+            if token.token != token.base_token:
+                axes.plot([x, x + len(text)], [y + 0.4, y + 0.4], color="black", lw=0.8)
+    figure.savefig(output, dpi=150, bbox_inches="tight")
+    plt.close(figure)
