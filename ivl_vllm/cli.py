@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ivl_vllm.vocab.command import add_arguments
+
 _TRAIN_DESCRIPTION = """\
 Train a value network V beside a frozen base B0 so that softmax(B0 + V) fits demonstrations.
 
@@ -31,8 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train a value network (ivl train --help)", add_help=False)
+    map_vocab = commands.add_parser("map-vocab", help="tie a value network's vocabulary to another base's")
+    add_arguments(map_vocab)
     inspect = commands.add_parser("inspect", help="tell what a value network's folder holds and how to serve it")
     inspect.add_argument("folder", metavar="FOLDER", help="folder of a value network or of any causal LM")
+    trace = commands.add_parser("trace", help="draw a trace: generated text, coloured by how far it was steered")
+    trace.add_argument("file", metavar="FILE", help="trace_file of an engine (JSON lines)")
+    trace.add_argument("--tokenizer", required=True, metavar="BASE", help="folder or hub id of the base")
+    trace.add_argument("--name", nargs="+", metavar="NAME", help="traces to draw (default: all in the file)")
+    trace.add_argument("-o", "--output", required=True, metavar="OUT", help="picture to write: OUT.html or OUT.png")
     words = list(sys.argv[1:] if argv is None else argv)
     # Split off first: argparse would take the flags of `train` for its own.
     known, rest = (words[:1], words[1:]) if words[:1] == ["train"] else (words, [])
@@ -40,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             return _train(rest)
+        if arguments.command == "map-vocab":
+            return _map_vocab(arguments)
+        if arguments.command == "trace":
+            return _trace(arguments)
         return _inspect(arguments.folder)
     except _InputError as error:
         print(f"ivl {arguments.command}: error: {error}", file=sys.stderr)
@@ -103,6 +116,27 @@ def _train_help(everything: bool = False) -> None:
         description=_TRAIN_DESCRIPTION,
         formatter_class=Formatter,
     ).print_help()
+
+
+def _map_vocab(arguments: argparse.Namespace) -> int:
+    from ivl_vllm.vocab.command import run
+
+    try:
+        run(arguments)
+    except ValueError as error:
+        raise _InputError(error) from error
+    return 0
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from ivl_vllm.trace_view import draw
+
+    try:
+        draw(arguments.file, arguments.tokenizer, arguments.name, arguments.output)
+    except ValueError as error:
+        raise _InputError(error) from error
+    print(f"wrote {arguments.output}")
+    return 0
 
 
 def _inspect(folder: str) -> int:

@@ -97,7 +97,9 @@ def _resolve(args: EngineArgs) -> dict[str, Any]:
     Raises:
         ValueError: settings without the processor, or wrong settings.
     """
-    processors = list(args.logits_processors or ())
+    given = args.logits_processors or ()
+    # Harnesses pass plain strings on: list() would make letters of one.
+    processors = [given] if isinstance(given, str) else list(given)
     additional = dict(args.additional_config or {})
     if not any(map(_is_ours, processors)):
         if ALIAS in additional:

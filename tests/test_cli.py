@@ -1,4 +1,4 @@
-"""The command `ivl`: help, `inspect`, and what a user sees when something is wrong."""
+"""The command `ivl`: help, `inspect`, `map-vocab`, and what a user sees when something is wrong."""
 
 import json
 import re
@@ -7,9 +7,13 @@ import sys
 
 import pytest
 from test_training import make_model, make_tokenizer, next_letter_rows, write_rows
+from vocab_kinds import TEXT, train_bytes, train_wordpiece
 
 from ivl_vllm import cli
 from ivl_vllm.training.ivl_config import IVLConfig
+from ivl_vllm.vocab import INPUTS, METHODS, UNMAPPED
+from ivl_vllm.vocab.make import make_vocab_map
+from ivl_vllm.vocab.vocab_map import VocabMap
 
 
 def test_help_names_the_commands(capsys):
@@ -17,7 +21,7 @@ def test_help_names_the_commands(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert "train" in out and "inspect" in out
+    assert "train" in out and "inspect" in out and "map-vocab" in out
 
 
 def test_train_help_is_complete_and_loads_no_torch():
@@ -42,7 +46,7 @@ def test_help_all_has_the_trainers_own_fields(capsys):
     assert "--packing" in out and "--fsdp" in out and "--norm_weight" in out
 
 
-@pytest.mark.parametrize("words", [[], ["no-such-command"], ["inspect"]])
+@pytest.mark.parametrize("words", [[], ["no-such-command"], ["inspect"], ["map-vocab", "--base", "x"]])
 def test_wrong_words_exit_with_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
@@ -134,3 +138,75 @@ def test_inspect_refuses_in_one_line(value_folder, tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("ivl inspect: error: ") and err.count("\n") == 1
         assert message in err
+
+
+def test_map_vocab_help_is_complete_and_quick():
+    code = (
+        "import sys; from ivl_vllm import cli\n"
+        "try: cli.main(['map-vocab', '--help'])\n"
+        "finally: print([n for n in ('torch', 'numpy', 'transformers', 'rapidfuzz') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    for flag in ("--base", "--value", "--method", "--input", "--unmapped", "--corpus", "--output"):
+        assert f"  {flag} " in done.stdout
+    for choice in (*METHODS, *INPUTS, *UNMAPPED):
+        assert re.search(rf"^ +{choice}: ", done.stdout, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Folders that hold a tokenizer and nothing else."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {"base": train_bytes(root / "base"), "value": train_wordpiece(root / "value"), "root": root}
+
+
+@pytest.mark.parametrize(
+    ("method", "input", "unmapped"),
+    [("exact", "last", "first"), ("nearest", "nearest", "keep"), ("aligned", "mean", "mean")],
+)
+def test_map_vocab(tokenizers, tmp_path, capsys, method, input, unmapped):
+    root = tokenizers["root"]
+    corpus, output = tmp_path / "corpus.txt", tmp_path / "map.safetensors"
+    corpus.write_text("\n".join(TEXT))
+    words = ["map-vocab", "--base", str(root / "base"), "--value", str(root / "value"), "--output", str(output)]
+    words += ["--method", method, "--input", input, "--unmapped", unmapped, "--corpus", str(corpus)]
+    assert cli.main(words) == 0
+    made = VocabMap.load(output)
+    expected = make_vocab_map(
+        tokenizers["base"],
+        tokenizers["value"],
+        method,
+        input,
+        unmapped,
+        [f"{line}\n" for t in TEXT for line in t.split("\n")],
+    )
+    for name, content in vars(expected).items():
+        assert (getattr(made, name) == content).all() if hasattr(content, "all") else getattr(made, name) == content
+    made.check(tokenizers["base"], tokenizers["value"], "the map")
+    out = capsys.readouterr().out
+    assert re.search(rf"^coverage +{made.coverage:.1%} of 400 base tokens", out, re.MULTILINE)
+    assert re.search(r"^in the corpus +\d+\.\d% of \d+ tokens", out, re.MULTILINE)
+    assert "without partner" in out and "warning: the tokenizers group digits differently" in out
+    assert out.splitlines()[-1] == f"written to {output}"
+
+
+def test_map_vocab_refuses_in_one_line(tokenizers, tmp_path, capsys):
+    root = tokenizers["root"]
+    (tmp_path / "broken.jsonl").write_text("{")
+    good = {"--base": root / "base", "--value": root / "value", "--output": tmp_path / "map.safetensors"}
+    for changes, message in (
+        ({"--base": tmp_path / "absent"}, "--base .*absent: no tokenizer there"),
+        ({"--value": tmp_path}, "--value .*: no tokenizer there"),
+        ({"--output": tmp_path}, "--output .*: give the name of a file"),
+        ({"--output": tmp_path / "no" / "map"}, "--output .*: give the name of a file in a folder that exists"),
+        ({"--method": "aligned"}, "--method aligned learns from text"),
+        ({"--corpus": tmp_path / "absent.txt"}, "--corpus .*absent.txt: no such file"),
+        ({"--corpus": tmp_path / "broken.jsonl"}, "--corpus .*broken.jsonl, line 1: no JSON"),
+    ):
+        words = [str(word) for pair in (good | changes).items() for word in pair]
+        assert cli.main(["map-vocab", *words]) == 2, changes
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("ivl map-vocab: error: ") and re.search(message, err), err
+        assert not (tmp_path / "map.safetensors").exists()
