@@ -108,7 +108,8 @@ def _auto_names(settings: Settings, body: str, asked: str) -> tuple[str, ...]:
             )
     if len(set(names)) < len(names):
         raise ValueError(f"ivl: {asked!r} names a value twice: name each value once")
-    return names
+    # In one order, whatever the request's: they are solved together with those of other requests.
+    return tuple(name for name in settings.values if name in names)
 
 
 def _options(parts: list[str], asked: str) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Token(NamedTuple):
 
 
 def read_trace(path: str) -> dict[str, list[Token]]:
-    """Name of the trace -> its tokens in order.
+    """Name of the trace -> its tokens in order; requests that share a name get a number behind it.
 
     A position that was computed more than once counts as it was the last time. The token at a position is what the line
     of the next one says came before it; the last one's is the likeliest after steering.
@@ -40,23 +40,25 @@ def read_trace(path: str) -> dict[str, list[Token]]:
     Raises:
         ValueError: no such file, or a line that is none of a trace.
     """
-    traces: dict[str, dict[int, dict]] = {}
+    traces: dict[tuple[str, str], dict[int, tuple]] = {}
     try:
         with Path(path).open(encoding="utf-8") as file:
             for number, text in enumerate(file, 1):
                 try:
                     line = json.loads(text)
                     tokens = line["token"], line["base_token"], line["token_before"], float(line["kl"]), line["weights"]
-                    traces.setdefault(line["trace"], {})[int(line["position"])] = tokens
+                    traces.setdefault((line["trace"], line["request"]), {})[int(line["position"])] = tokens
                 except (ValueError, TypeError, KeyError) as error:
                     raise ValueError(f"{path}, line {number}: no line of a trace ({error!r})") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): give the engine's trace_file") from error
-    found = {}
-    for name, lines in traces.items():
-        positions = sorted(lines)
+    found: dict[str, list[Token]] = {}
+    for (name, _), lines in traces.items():
+        alike = sum(other == name for other, _ in traces)
+        if alike > 1:
+            name = next(numbered for n in range(1, alike + 1) if (numbered := f"{name} {n}") not in found)
         found[name] = []
-        for position in positions:
+        for position in sorted(lines):
             token, base_token, _, kl, weights = lines[position]
             following = lines.get(position + 1)
             actual = token if following is None or following[2] is None else following[2]
@@ -92,11 +94,18 @@ def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) ->
         decoder = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer is {tokenizer!r}: there is no tokenizer to load ({error})") from error
+    chosen = {name: _until(tokens, decoder.eos_token_id) for name, tokens in chosen.items()}
     full = max(token.kl for tokens in chosen.values() for token in tokens) or 1.0
     try:
         (_write_html if ending == ".html" else _write_png)(chosen, decoder, full, Path(output))
     except OSError as error:
         raise ValueError(f"--output is {output!r}: cannot be written ({error.strerror})") from error
+
+
+def _until(tokens: list[Token], end: int | None) -> list[Token]:
+    """The tokens up to the end of the text: an engine may trace a few more before it knows."""
+    ends = [place for place, token in enumerate(tokens) if token.token == end]
+    return tokens[: ends[0] + 1] if ends else tokens
 
 
 def _told(token: Token, decoder: PreTrainedTokenizerBase) -> str:

@@ -70,10 +70,11 @@ def test_traces_of_every_kind_of_weight(models, tmp_path, capsys):
     assert "'who'" in capsys.readouterr().err
 
 
-def line(position, token, before, name="a"):
+def line(position, token, before, name="a", request="r"):
     return json.dumps(
         {
             "trace": name,
+            "request": request,
             "position": position,
             "token_before": before,
             "base_token": 1,
@@ -91,6 +92,13 @@ def test_the_last_line_of_a_position_counts_and_the_next_one_tells_its_token(tmp
         "a": [Token(7, 1, 0.5, {"math": 1.0}), Token(6, 1, 0.5, {"math": 1.0})],
         "b": [Token(3, 1, 0.5, {"math": 1.0})],
     }
+
+
+def test_requests_of_one_name_are_kept_apart(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join([line(0, 5, None), line(1, 6, 5), line(0, 8, None, request="s")]))
+    traces = read_trace(str(path))
+    assert {name: [token.token for token in tokens] for name, tokens in traces.items()} == {"a 1": [5, 6], "a 2": [8]}
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", "{}", line(0, 1, None).replace("0.5", '"x"')])
@@ -118,14 +126,25 @@ def test_what_cannot_be_drawn_is_told(models, tmp_path, capsys, words, told):
 
 
 def test_a_full_file_takes_no_more(tmp_path):
-    from ivl_vllm.serving.trace import Trace, _Request, _Row
+    from ivl_vllm.serving.trace import Trace, TracedRequest, _Row
     from ivl_vllm.steering import Steering
 
     path = tmp_path / "trace.jsonl"
     trace = Trace(str(path), max_bytes=400)
-    row = _Row(0, _Request(Steering(trace="a"), []), 0, None)
+    row = _Row(0, TracedRequest(Steering(trace="a"), [], "r"), 0, None)
     logits = torch.zeros(1, 4)
     for _ in range(10):
         trace.write([row], logits, logits, [])
     assert 200 < path.stat().st_size <= 400
     assert all(json.loads(text)["trace"] == "a" for text in path.read_text().splitlines())
+
+
+def test_a_file_that_cannot_be_written_harms_nobody(tmp_path):
+    from ivl_vllm.serving.trace import Trace, TracedRequest, _Row
+    from ivl_vllm.steering import Steering
+
+    trace = Trace(str(tmp_path / "gone" / "trace.jsonl"))
+    logits = torch.zeros(1, 4)
+    for _ in range(2):
+        trace.write([_Row(0, TracedRequest(Steering(trace="a"), [], "r"), 0, None)], logits, logits, [])
+    assert not (tmp_path / "gone").exists()

@@ -11,6 +11,7 @@ from tiny import make_model
 from vocab_map_models import VALUE_VOCAB, make_other, random_map
 
 import ivl_vllm
+from ivl_vllm.trace_view import read_trace
 
 
 def test_random_mixes_chunked_prefill_and_prefix_cache(models):
@@ -108,8 +109,13 @@ def test_another_vocabulary(models, tmp_path):
     assert_parity(Reference(models["base"], maps=maps, one=other, mean=other), requests, outputs)
 
 
-def test_steps_without_steered_requests(models):
+def test_steps_without_steered_requests(models, monkeypatch):
     """Value networks sit out steps; long prefixes in common; prompt log-probabilities under a default weight."""
+    from ivl_vllm.serving.joined_model import _Join
+
+    ran = []
+    choose = _Join.choose
+    monkeypatch.setattr(_Join, "choose", lambda self: ran.append(len(choose(self))) or self.active)
     reference = Reference(models["base"], default=models["value"])
     with engine(
         models["base"],
@@ -122,8 +128,10 @@ def test_steps_without_steered_requests(models):
             weight = (0.0, 1.0, 0.0, -1.0)[number % 4]
             ask = {"default": weight} if weight else 0
             requests.append(Request([*prefix, 5 + number], {"default": weight}, ask, {"max_tokens": 5}, 5 * number))
+        ran.clear()
         outputs = run(llm, requests)
         assert_parity(reference, requests, outputs)
+        assert 0 < sum(ran) < 0.9 * len(ran)
         for steered in (False, True):
             alike = [o for r, o in zip(requests, outputs) if any(r.weights.values()) is steered]
             assert sum(o.num_cached_tokens for o in alike) > 0
@@ -215,9 +223,10 @@ def test_solved_weights(models, tmp_path, monkeypatch, drafts):
         ({"math": 1.0, "style": 1.0, "max_kl": 0.5}, "math=1.0,style=1.0;max_kl=0.5"),
         ({"style": "auto", "prose": "auto"}, "auto:style,prose"),
     ]
+    path = tmp_path / "trace.jsonl"
     with engine(
         models["base"],
-        **ivl_vllm.engine_args(values=values),
+        **ivl_vllm.engine_args(values=values, trace_file=str(path)),
         **({"speculative_config": speculation} if drafts else {}),
         max_num_batched_tokens=48,
         disable_log_stats=False,
@@ -225,11 +234,28 @@ def test_solved_weights(models, tmp_path, monkeypatch, drafts):
         requests = solved_requests(15, 82, kinds, spread=8)
         for request in requests:
             request.params["max_tokens"] = min(10, request.params["max_tokens"])
+        for number in (1, 3, 4):
+            requests[number].ivl += f";trace={number}"
+        # A single column is left, which no weight changes: its weight is 0 among rows of other kinds.
+        requests[1].params["allowed_token_ids"] = [50]
+        requests[1].weights = {}
         outputs = run(llm, requests)
         if drafts:
             assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     pairs = {"style": (models["sliding"], models["anti"]), "prose": (models["value"], models["anti"])}
-    assert_parity(SolvedReference(models["base"], math=models["value"], **pairs), requests, outputs)
+    reference = SolvedReference(models["base"], math=models["value"], **pairs)
+    only = requests.pop(1), outputs.pop(1)
+    assert set(only[1].outputs[0].token_ids) == {50}
+    assert_parity(reference, requests, outputs)
+    traces = read_trace(str(path))
+    for name, place in (("3", 2), ("4", 3)):
+        tokens = list(outputs[place].outputs[0].token_ids)
+        assert [token.token for token in traces[name][: len(tokens)]] == tokens
+        alone = reference.greedy(requests[place].prompt, tokens, {})
+        assert [token.base_token for token in traces[name][: len(tokens)]] == alone
+    assert all(0 < token.weights["math"] <= 1.0 and token.kl < 0.501 for token in traces["3"])
+    assert all(set(token.weights) == {"style", "prose"} for token in traces["4"])
+    assert all(token.weights == {"style": 0.0} and token.kl == 0.0 for token in traces["1"])
 
 
 def test_speculative_decoding_with_ngrams(models):

@@ -169,7 +169,7 @@ def main() -> None:
     with stage("fine-tune the large base on the same demonstrations, for comparison", seconds):
         from ivl_vllm.demo.finetune import fine_tune
 
-        losses = fine_tune(
+        tries = fine_tune(
             bases["large"],
             build_tokenizer(world),
             data,
@@ -189,7 +189,7 @@ def main() -> None:
         answers["tuned"] = json.loads(path.read_text())["alone"]
 
     results = report(asked, answers)
-    results.update(seed=args.seed, fine_tuning_validation_loss=losses, seconds=seconds)
+    results.update(seed=args.seed, fine_tuning=tries, seconds=seconds)
     results["total_seconds"] = round(time.perf_counter() - start, 1)
     (cache / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     times = ", ".join(f"{title} {taken:.0f} s" for title, taken in seconds.items())

@@ -2,10 +2,11 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ivl_vllm.demo.world import World, documents
 
@@ -17,12 +18,12 @@ SIZES = {
 ROW_TOKENS = 64
 
 
-def new_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A randomly initialised Llama of the named size (fp32)."""
+def new_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A randomly initialised Llama (fp32) of a shape such as those in `SIZES`."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            **SIZES[size],
+            **shape,
             vocab_size=len(tokenizer),
             max_position_embeddings=128,
             tie_word_embeddings=True,
@@ -81,12 +82,49 @@ def pretrain(
     learning_rate: float,
     seed: int,
 ) -> LlamaForCausalLM:
-    """Train a fresh model on raw text, one document a row, with a warm-up and a cosine.
+    """Train a fresh model of the named size on the world's raw text.
 
     Returns:
         The trained model, fp32, in eval mode.
     """
-    model = new_model(size, tokenizer, seed).train()
+    return train_on_text(
+        new_model(SIZES[size], tokenizer, seed),
+        tokenizer,
+        documents(world, seed),
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        title=f"pre-train the {size} base",
+    )
+
+
+def train_on_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[str],
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    title: str,
+    row_tokens: int = ROW_TOKENS,
+) -> PreTrainedModel:
+    """Train a model, fresh or not, on raw texts, one a row, with a warm-up and a cosine.
+
+    Args:
+        model: On any device; trained in place.
+        tokenizer: Its tokenizer, which pads on the right.
+        texts: At least `steps · batch` of them.
+        steps: Optimizer steps.
+        batch: Texts a step.
+        learning_rate: Peak, of Muon and AdamW alike.
+        title: What the progress bar says.
+        row_tokens: Longer texts are cut.
+
+    Returns:
+        The same model, in eval mode.
+    """
+    model.train()
     # Muon for the matrices inside the layers learns these little worlds in half of AdamW's steps.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -100,11 +138,12 @@ def pretrain(
         return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, course) for optimizer in optimizers]
-    stream = documents(world, seed)
-    with tqdm(range(steps), desc=f"pre-train the {size} base", unit="step", mininterval=1.0) as bar:
+    stream = iter(texts)
+    with tqdm(range(steps), desc=title, unit="step", mininterval=1.0) as bar:
         for step in bar:
             rows = list(itertools.islice(stream, batch))
-            inputs = tokenizer(rows, return_tensors="pt", padding=True, truncation=True, max_length=ROW_TOKENS)
+            inputs = tokenizer(rows, return_tensors="pt", padding=True, truncation=True, max_length=row_tokens)
+            inputs = inputs.to(model.device)
             labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
             # Right padding under a causal mask needs no attention mask, and without one attention is faster.
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits

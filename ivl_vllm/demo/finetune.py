@@ -1,6 +1,8 @@
-"""The comparison: the large base itself, fully fine-tuned on the same demonstrations."""
+"""The comparison: a base itself, fully fine-tuned on the same demonstrations."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ def fine_tune(
     learning_rates: tuple[float, ...],
     max_steps: int,
     seed: int,
-) -> dict[str, float]:
+) -> dict[str, dict[str, Any]]:
     """Fine-tune with TRL once per learning rate, each with early stopping, and keep the best by validation loss.
 
     Args:
@@ -34,13 +36,13 @@ def fine_tune(
         seed: Seed of the batches' order.
 
     Returns:
-        Learning rate → best validation loss.
+        Learning rate → `validation_loss` (the best), `steps` that were made and their `seconds`, evaluations included.
     """
     train: Dataset = to_dataset(read_examples(data)).remove_columns("line")
     held_out: Dataset = to_dataset(read_examples(validation)).remove_columns("line")
-    losses: dict[str, float] = {}
+    tries: dict[str, dict[str, Any]] = {}
     for learning_rate in learning_rates:
-        print(f"fine-tune the large base, learning rate {learning_rate:g}", flush=True)
+        print(f"fine-tune {base.name}, learning rate {learning_rate:g}", flush=True)
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(base),
             args=SFTConfig(
@@ -72,10 +74,12 @@ def fine_tune(
             callbacks=[EarlyStoppingCallback(early_stopping_patience=4)],
         )
         use_progress_lines(trainer)
+        start = time.perf_counter()
         trainer.train()
+        seconds = time.perf_counter() - start
         loss = float(trainer.state.best_metric)
-        if not losses or loss < min(losses.values()):
+        if not tries or loss < min(done["validation_loss"] for done in tries.values()):
             trainer.model.save_pretrained(output)
             tokenizer.save_pretrained(output)
-        losses[f"{learning_rate:g}"] = loss
-    return losses
+        tries[f"{learning_rate:g}"] = {"validation_loss": loss, "steps": trainer.state.global_step, "seconds": seconds}
+    return tries

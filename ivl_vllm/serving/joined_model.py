@@ -40,7 +40,7 @@ class ValueRows:
         self._hidden = hidden
         self._rows, self._taken = rows, 0
 
-    def take(self, count: int) -> list[torch.Tensor | None]:
+    def take(self, count: int) -> Rows:
         """The next `count` rows of every network: vLLM may hand the processor the logits of a step in several pieces.
 
         Raises:
@@ -54,7 +54,29 @@ class ValueRows:
                 "arguments"
             )
         self._taken = end
-        return [None if hidden is None else hidden[start:end] for hidden in self._hidden]
+        return Rows(None if hidden is None else hidden[start:end] for hidden in self._hidden)
+
+
+class Rows(list):
+    """Per network `[rows, hidden]`, None for one that sits this step out, which nobody may then ask for."""
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        """The rows of one network.
+
+        Raises:
+            RuntimeError: it sits this step out.
+        """
+        hidden = super().__getitem__(number)
+        if hidden is None:
+            raise RuntimeError(
+                f"ivl: value network {number} sat out a step in which a request uses it; set skip_unsteered to "
+                'false in additional_config["ivl"] and please report the engine arguments'
+            )
+        return hidden
+
+    def at(self, rows: torch.Tensor) -> Rows:
+        """Some of the rows, by number."""
+        return Rows(None if hidden is None else hidden[rows] for hidden in self)
 
 
 # By identity: configurations are compared by value and cannot be keys, nor may they carry attributes of ours.
@@ -158,9 +180,11 @@ class JoinedModel:
             self._ivl.rows.put(values, hidden_states.shape[0])
         elif logits is not None and any(self._ivl.default_weights):
             logits = logits.float()
-            for network, hidden, weight in zip(self._ivl.rows.networks, values, self._ivl.default_weights, strict=True):
-                if weight and hidden is not None:
-                    network.add_logits(logits, hidden, logits.new_full((logits.shape[0],), weight), None)
+            rows = Rows(values)
+            for number, weight in enumerate(self._ivl.default_weights):
+                if weight:
+                    weights = logits.new_full((logits.shape[0],), weight)
+                    self._ivl.rows.networks[number].add_logits(logits, rows[number], weights, None)
         return logits
 
 

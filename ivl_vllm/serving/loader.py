@@ -15,6 +15,7 @@ from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.checks import engine_settings, network_config, network_scheme
 from ivl_vllm.serving.joined_model import ValueRows, join
 from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.solved_weights import warm_up_solvers
 from ivl_vllm.serving.steps import Steps, watch_steps
 from ivl_vllm.settings import NetworkSource
 from ivl_vllm.vocab.vocab_map import VocabMap
@@ -53,6 +54,7 @@ class IVLModelLoader(BaseModelLoader):
                 _keep_whole_context(layer)
         for network in networks:
             network.warm_up(vllm_config.scheduler_config.max_num_seqs)
+        warm_up_solvers(settings, networks, model_config.get_vocab_size(), base)
         watch_steps()
         default_weights = settings.network_weights(settings.steering(None).weights)
         return join(base, ValueRows.of(vllm_config), Steps.of(vllm_config), networks, default_weights)
@@ -88,6 +90,12 @@ def _load_network(vllm_config: VllmConfig, source: NetworkSource, number: int, l
     config.cache_config = copy.copy(vllm_config.cache_config)
     config.cache_config.sliding_window = model_config.get_sliding_window()
     config.lora_config = None
+    # Part of the key under which vLLM keeps compiled code. One folder may be loaded twice, with two maps; its compiled
+    # forward knows its layers by name, and takes token ids or embeddings.
+    scheme = network_scheme(source.model)
+    vocab_map = None if source.vocab_map is None else VocabMap.load(source.vocab_map)
+    reads_ids = scheme == "residual" and (vocab_map is None or vocab_map.single)
+    config.additional_config = {**vllm_config.additional_config, "ivl_network": [number, reads_ids]}
 
     layers = vllm_config.compilation_config.static_forward_context
     before = set(layers)
@@ -102,8 +110,8 @@ def _load_network(vllm_config: VllmConfig, source: NetworkSource, number: int, l
         model_config,
         vllm_config.scheduler_config.max_num_batched_tokens,
         vllm_config.model_config.get_vocab_size(),
-        network_scheme(source.model),
-        None if source.vocab_map is None else VocabMap.load(source.vocab_map),
+        scheme,
+        vocab_map,
     )
 
 

@@ -150,11 +150,14 @@ class Network:
         rows = 1
         while rows <= max_rows:
             logits = parameter.new_zeros(rows, self._base_columns, dtype=torch.float32)
-            hidden = parameter.new_zeros(rows, self._width, dtype=self._dtype)
             index = torch.arange(rows, device=parameter.device)
             for row_index in (None, index):
-                self.add_logits(logits, hidden, logits.new_zeros(rows), row_index)
+                self.add_logits(logits, self.no_hidden(rows), logits.new_zeros(rows), row_index)
             rows *= 2
+
+    def no_hidden(self, rows: int) -> torch.Tensor:
+        """Zeros in place of its hidden states, `[rows, hidden]`."""
+        return next(self.model.parameters()).new_zeros(rows, self._width, dtype=self._dtype)
 
 
 def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None, str]:

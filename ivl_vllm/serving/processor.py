@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
+    from ivl_vllm.serving.trace import TracedRequest
+
 # vLLM shows what is logged under its own name and nothing else.
 logger = init_logger(f"vllm.{__name__}")
 
@@ -59,7 +61,7 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._weights = RequestWeights(num_slots, len(self._settings.networks), device)
         self._solved = SolvedWeights(self._settings, num_slots, device)
         self._drafts = vllm_config.speculative_config is not None
-        self._by_position: dict[int, tuple[Steering, list[int]]] = {}
+        self._by_position: dict[int, tuple[Steering, TracedRequest | None]] = {}
         self._trace = None
         if self._settings.trace_file is not None and get_tensor_model_parallel_rank() == 0:
             prompt_len = getattr(device_or_states, "prompt_len", None)
@@ -89,17 +91,21 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             return None
         return steering if steering != Steering() else None
 
-    def _set(self, slot: int, steering: Steering | None, outputs: list[int] | None = None) -> bool:
+    def _set(self, slot: int, steering: Steering | None, traced_request: TracedRequest | None) -> bool:
         """Gives a slot its request's wish. Returns whether its rows have to come by."""
-        traced = self._trace is not None and self._trace.set(slot, steering, outputs)
+        traced = self._trace is not None and self._trace.set(slot, traced_request)
         steering = steering or Steering()
         solved = self._solved.set(slot, steering)
         fixed = None if solved or not steering.weights else self._settings.network_weights(steering.weights)
         return self._weights.set(slot, fixed) or solved or traced
 
-    def _added(self, params: SamplingParams, _prompt: Any, outputs: list[int]) -> tuple[Steering, list[int]] | None:
+    def _added(
+        self, params: SamplingParams, _prompt: Any, outputs: list[int] | None = None
+    ) -> tuple[Steering, TracedRequest | None] | None:
+        from ivl_vllm.serving.trace import TracedRequest
+
         steering = self._steering(params)
-        return None if steering is None else (steering, outputs)
+        return None if steering is None else (steering, TracedRequest.of(steering, outputs))
 
     # Runner V1: requests sit at positions of a batch and are moved about.
 
@@ -108,14 +114,15 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         before = dict(self._by_position)
         if process_dict_updates(self._by_position, batch_update, self._added):
             for position in before.keys() | self._by_position.keys():
-                self._set(position, *self._by_position.get(position, (None,)))
+                if self._by_position.get(position) is not before.get(position):
+                    self._set(position, *self._by_position.get(position, (None, None)))
         self.apply_staged_writes()
 
     # Runner V2: requests keep a slot, and rows are mapped to slots every step.
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Fills a slot. Returns whether `apply` has to be called for this request."""
-        steered = self._set(req_idx, self._steering(sampling_params))
+        steered = self._set(req_idx, *(self._added(sampling_params, None) or (None, None)))
         # With drafts a step's logits come in several pieces, and every piece must come by to keep the rows in step.
         return steered or self._drafts
 
@@ -156,11 +163,6 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             if rows_and_weights is None:
                 continue
             row_index, weights = rows_and_weights
-            if hidden[number] is None:
-                raise RuntimeError(
-                    f"ivl: value network {number} sat out a step in which a request uses it; set skip_unsteered to "
-                    'false in additional_config["ivl"] and please report the engine arguments'
-                )
             rows = hidden[number] if row_index is None else hidden[number][row_index]
             networks[number].add_logits(logits, rows, weights, row_index)
         return solved

@@ -6,17 +6,36 @@ Dynamic Logits Fusion: Fan et al., 2024, arXiv 2406.15480. How the weights are f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from ivl_kernels import fusion_weights, joint_fusion_weights, trust_region_weights, value_add
+from ivl_kernels.checks import choose_backend
+from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from ivl_vllm.serving.joined_model import Rows
 from ivl_vllm.serving.network import Network
 from ivl_vllm.settings import Settings
 from ivl_vllm.steering import Steering
 
 FIXED, BOUNDED = 0, 1  # kinds of slots; further ones are the sets of pairs that requests have asked for
+
+
+class Solved(NamedTuple):
+    """What was found for the requests that ask for the same.
+
+    Attributes:
+        names: the pairs of `auto`; empty for `max_kl`.
+        rows: int `[n]` row numbers on the device; None for all rows.
+        weights: fp32 `[n, names]` weights on the device, or `[n, 1]` parts of the weights that `max_kl` left over; 0 in
+            rows of other requests.
+    """
+
+    names: tuple[str, ...]
+    rows: torch.Tensor | None
+    weights: torch.Tensor
 
 
 class SolvedWeights:
@@ -39,8 +58,8 @@ class SolvedWeights:
         self._dirty = False
         self.any = False
         numbers = {source: number for number, source in enumerate(settings.networks)}
-        # name of a pair -> numbers of its expert and of the expert's base
-        self._pairs = {
+        # Name of a pair -> numbers of its expert and of the expert's base.
+        self.pairs = {
             name: tuple(numbers[source] for source, _ in value.signed_networks)
             for name, value in settings.values.items()
             if value.minus is not None
@@ -70,23 +89,19 @@ class SolvedWeights:
     def apply(
         self,
         logits: torch.Tensor,
-        hidden: Sequence[torch.Tensor | None],
+        hidden: Rows,
         networks: Sequence[Network],
         slots: np.ndarray,
         slot_of_row: torch.Tensor | None = None,
-    ) -> list[tuple[torch.Tensor | None, torch.Tensor]]:
+    ) -> list[Solved]:
         """Solves the weights of these rows and adds their value logits, in place.
 
         Args:
             logits: fp32 `[rows, vocab of the base]`.
-            hidden: per network `[rows, hidden]`, None for one that sits this step out.
+            hidden: the same rows of every network.
             networks: all value networks.
             slots: int `[rows]`, the slot of every row; with `slot_of_row`, the slots that the rows belong to.
             slot_of_row: int `[rows]` on the device, where only the device knows them (draft rows).
-
-        Returns:
-            What was found, on the device: row numbers int `[n]` (None: all rows), and fp32 `[n, names]` weights of
-            `auto`, or `[n, 1]` parts of the weights that `max_kl` left over; 0 in rows of other requests.
         """
         found = []
         kinds = self._kind[slots]
@@ -96,39 +111,42 @@ class SolvedWeights:
                 index = np.flatnonzero(kinds == kind)
                 rows = async_tensor_h2d(index, device=logits.device)
                 of_row = async_tensor_h2d(slots[index], device=logits.device)
-            inputs = [part if part is None or rows is None else part[rows] for part in hidden]
+            inputs = hidden if rows is None else hidden.at(rows)
             # Where all rows are taken, the others get no weight.
             member = (self._device_kind[of_row] == int(kind)).float()
             if kind == BOUNDED:
-                weights = self._bound(logits, inputs, networks, rows, member, self._device_bounds[of_row])
+                names: tuple[str, ...] = ()
+                used = np.flatnonzero(self._bounds[slots[kinds == kind], :-1].any(axis=0))
+                bounds = self._device_bounds[of_row]
+                weights = self._bound(logits, inputs, networks, rows, member, bounds, used.tolist())
             else:
                 names = next(names for names, number in self._kinds.items() if number == kind)
-                weights = self._fuse(logits, inputs, networks, rows, member, names)
-            found.append((rows, weights))
+                weights = self.fuse(logits, inputs, networks, rows, member, names)
+            found.append(Solved(names, rows, weights))
         return found
 
     def _bound(
         self,
         logits: torch.Tensor,
-        hidden: Sequence[torch.Tensor | None],
+        hidden: Rows,
         networks: Sequence[Network],
         rows: torch.Tensor | None,
         member: torch.Tensor,
         bounds: torch.Tensor,
+        used: Sequence[int],
     ) -> torch.Tensor:
         """Adds the largest part of the weighted value logits that keeps within `max_kl` of the base."""
         delta = logits.new_zeros(member.shape[0], logits.shape[1])
-        for number, network in enumerate(networks):
-            if hidden[number] is not None:
-                network.add_logits(delta, hidden[number], bounds[:, number].contiguous(), None)
+        for number in used:
+            networks[number].add_logits(delta, hidden[number], bounds[:, number].contiguous(), None)
         part = trust_region_weights(logits, delta, member, bounds[:, -1].contiguous(), row_index=rows).weights
         value_add(logits, delta, part, row_index=rows)
         return part[:, None]
 
-    def _fuse(
+    def fuse(
         self,
         logits: torch.Tensor,
-        hidden: Sequence[torch.Tensor | None],
+        hidden: Rows,
         networks: Sequence[Network],
         rows: torch.Tensor | None,
         member: torch.Tensor,
@@ -137,7 +155,7 @@ class SolvedWeights:
         """Adds each pair's difference with the weight that Dynamic Logits Fusion finds for it."""
         experts, antis, maps = [], [], []
         for name in names:
-            pair = self._pairs[name]
+            pair = self.pairs[name]
             expert, anti = (networks[number].value_logits(hidden[number]).float() for number in pair)
             known = min(expert.shape[1], anti.shape[1])  # they may be padded differently
             experts.append(expert[:, :known])
@@ -155,3 +173,27 @@ class SolvedWeights:
         for expert, anti, vocab_map, weights in zip(experts, antis, maps, solved.unbind(1), strict=True):
             value_add(logits, expert - anti, weights.contiguous(), row_index=rows, vocab_map=vocab_map)
         return solved
+
+
+@torch.inference_mode()
+def warm_up_solvers(settings: Settings, networks: Sequence[Network], base_columns: int, base: nn.Module) -> None:
+    """Compiles the kernels that solve weights, so that no request waits for the compiler; nothing is computed.
+
+    Args:
+        settings: the engine's.
+        networks: all value networks.
+        base_columns: columns of the base's logits.
+        base: any model on the device.
+    """
+    device = next(base.parameters()).device
+    if choose_backend("auto", device) != "triton":
+        return
+    logits = torch.zeros(1, base_columns, device=device)
+    nothing = torch.zeros(1, device=device)
+    solved = SolvedWeights(settings, 1, device)
+    for rows in (None, torch.zeros(1, dtype=torch.int64, device=device)):
+        trust_region_weights(logits, logits.clone(), nothing, nothing, row_index=rows)
+        pairs = [(name,) for name in solved.pairs]
+        for names in [*pairs, tuple(solved.pairs)] if len(pairs) > 1 else pairs:
+            hidden = Rows(network.no_hidden(1) for network in networks)
+            solved.fuse(logits, hidden, networks, rows, nothing, names)

@@ -95,7 +95,7 @@ class Steps:
         """The one of this engine and process; None for an engine without `ivl`."""
         key = id(vllm_config)
         if key not in _steps_of_engine:
-            if "ivl" not in (vllm_config.additional_config or ()):
+            if not isinstance(vllm_config.additional_config, dict) or "ivl" not in vllm_config.additional_config:
                 return None
             _steps_of_engine[key] = cls(vllm_config)
             weakref.finalize(vllm_config, _steps_of_engine.pop, key)

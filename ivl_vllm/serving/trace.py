@@ -1,14 +1,16 @@
 """The trace: for requests that ask for it, how far each token was steered, as JSON lines in a file of the operator's.
 
-One line for each row that the engine samples from: the request's name for it, the position among the output tokens, the
-token before it, the base's likeliest token, the steered distribution's, the weights, and
+One line for each row that the engine samples from: the request's name for it, an id of the request, the position among
+the output tokens, the token before it, the base's likeliest token, the steered distribution's, the weights, and
 `KL(softmax(steered) ‖ softmax(base))` in nats. Lines are written as the step runs, so of a position that is computed
-again (a prompt in chunks, a rejected draft) the last line counts. No token of the prompt is written.
+again (a prompt in chunks, a rejected draft) the last line counts, and the last positions may lie behind the end of the
+answer (a step that was scheduled before the end was known, drafts). No token of the prompt is written.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from ivl_vllm.serving.solved_weights import Solved
 from ivl_vllm.steering import Steering
 
 # vLLM shows what is logged under its own name and nothing else.
@@ -24,18 +27,30 @@ logger = init_logger(f"vllm.{__name__}")
 MAX_BYTES = 64 << 20
 
 
-class _Request(NamedTuple):
-    """A traced request in its slot; `outputs` is vLLM's own list of output tokens, which V2 does not have."""
+class TracedRequest(NamedTuple):
+    """A traced request.
+
+    Attributes:
+        steering: what it asks for.
+        outputs: vLLM's own list of its output tokens; None from V2, which has none.
+        id: tells it from others of the same name.
+    """
 
     steering: Steering
     outputs: list[int] | None
+    id: str
+
+    @classmethod
+    def of(cls, steering: Steering | None, outputs: list[int] | None = None) -> TracedRequest | None:
+        """A new request, None if it asks for no trace."""
+        return None if steering is None or steering.trace is None else cls(steering, outputs, uuid.uuid4().hex[:12])
 
 
 class _Row(NamedTuple):
     """A traced row of logits; its position is below 0 while the prompt is not done."""
 
     row: int
-    request: _Request
+    request: TracedRequest
     position: int
     token_before: int | None
 
@@ -54,14 +69,14 @@ class Trace:
         self._prompt_len = prompt_len
         self._max_bytes = max_bytes
         self._size = self._path.stat().st_size if self._path.exists() else 0
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, TracedRequest] = {}
 
-    def set(self, slot: int, steering: Steering | None, outputs: list[int] | None) -> bool:
-        """Gives a slot its request. Returns whether it is traced."""
+    def set(self, slot: int, request: TracedRequest | None) -> bool:
+        """Gives a slot its request, None for one that is not traced. Returns whether it is."""
         self._requests.pop(slot, None)
-        if steering is not None and steering.trace is not None:
-            self._requests[slot] = _Request(steering, outputs)
-        return slot in self._requests
+        if request is not None:
+            self._requests[slot] = request
+        return request is not None
 
     def rows(self, slots: np.ndarray, ctx: Any) -> list[_Row]:
         """The traced rows of a step.
@@ -94,7 +109,7 @@ class Trace:
         rows: list[_Row],
         base: torch.Tensor,
         steered: torch.Tensor,
-        solved: list[tuple[torch.Tensor | None, torch.Tensor]],
+        solved: list[Solved],
     ) -> None:
         """Appends one line for each row.
 
@@ -104,10 +119,6 @@ class Trace:
             steered: the same after it.
             solved: what `SolvedWeights.apply` found.
         """
-        of_row: dict[int, list[float]] = {}
-        for numbers, weights in solved:
-            numbers = range(weights.shape[0]) if numbers is None else numbers.tolist()
-            of_row |= {n: w for n, w in zip(numbers, weights.tolist(), strict=True) if any(w) or n not in of_row}
         before, after = base.log_softmax(-1), steered.log_softmax(-1)
         # What both exclude is -inf in both, and contributes nothing.
         kl = (after.exp() * (after - before).nan_to_num(0.0, posinf=0.0, neginf=0.0)).sum(-1)
@@ -116,22 +127,36 @@ class Trace:
         for row, divergence, (base_token, token) in zip(rows, kl.tolist(), choices, strict=True):
             if row.position >= 0:
                 steering = row.request.steering
-                line: dict[str, Any] = {"trace": steering.trace, "position": row.position}
+                line: dict[str, Any] = {"trace": steering.trace, "request": row.request.id, "position": row.position}
                 line |= {"token_before": row.token_before, "base_token": base_token, "token": token}
-                line |= {"weights": _weights(steering, of_row.get(row.row)), "kl": max(divergence, 0.0)}
+                line |= {"weights": _weights(row, solved), "kl": max(divergence, 0.0)}
                 lines.append(json.dumps(line) + "\n")
-        text = "".join(lines)
+        self._append("".join(lines))
+
+    def _append(self, text: str) -> None:
         if self._size + len(text) > self._max_bytes:
             logger.warning_once("ivl: trace file %s is full (%d bytes), the rest is left out", self._path, self._size)
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            # Raising would take down every request of the step.
+            logger.error("ivl: trace file %s cannot be written (%s): nothing more is traced", self._path, error)
+            self._size = self._max_bytes
         self._size += len(text)
 
 
-def _weights(steering: Steering, solved: list[float] | None) -> dict[str, float]:
+def _weights(row: _Row, solved: list[Solved]) -> dict[str, float]:
     """Name -> weight with which a row was steered in the end."""
+    steering = row.request.steering
+    if not steering.auto and steering.max_kl is None:
+        return steering.weights
+    found = [0.0] * max(len(steering.auto), 1)
+    for names, rows, weights in solved:
+        if names == steering.auto:
+            place = row.row if rows is None else rows.tolist().index(row.row)
+            found = weights[place].tolist()
     if steering.auto:
-        return dict(zip(steering.auto, solved or (), strict=True))
-    part = solved[0] if steering.max_kl is not None and solved else 1.0
-    return {name: weight * part for name, weight in steering.weights.items()}
+        return dict(zip(steering.auto, found, strict=False))
+    return {name: weight * found[0] for name, weight in steering.weights.items()}

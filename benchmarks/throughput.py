@@ -1,0 +1,169 @@
+"""What steering costs: vLLM with value networks against plain vLLM, against the limit, and against every peer.
+
+On a CPU:    python benchmarks/throughput.py               125 M base, 21 M value network, fp32
+Wiring:      python benchmarks/throughput.py --quick       the same models, a quarter of the requests, one round
+Curves:      python benchmarks/throughput.py --only curves concurrency, size of the value network, vocabulary, context
+Compiled:    python benchmarks/throughput.py --compile     torch.compile (CUDA graphs on a GPU) beside eager
+Busy CPU:    python benchmarks/throughput.py --threads 1 --clock cpu     CPU time of one thread, +-5 % a round
+On a GPU:    python benchmarks/throughput.py --scale gpu   shapes of Qwen2.5-7B and 0.5B, bf16, vLLM's dummy weights.
+                                                           Has never run: no GPU was at hand.
+
+Requests are sent all at once; cases take turns, round after round, and figures are medians over rounds. Flags and
+fields are those of `vllm bench throughput` and `vllm bench serve`, whose functions compute TTFT, TPOT and ITL. Tokens
+are compared with transformers' before anything is timed. Parts may run one by one: each replaces its own section of the
+JSON file.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))  # from a checkout, installed or not
+
+PARTS = ("serving", "sweep", "peers", "curves")
+PACKAGES = ("ivl-vllm", "vllm", "torch", "transformers")
+
+
+def environment(threads: int, device: str) -> dict:
+    """What a figure depends on: machine, versions, command."""
+    found = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "threads": threads}
+    found |= {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found["cpu"] = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), "unknown")
+    found["cores"] = os.cpu_count()
+    found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def skipped(device: str) -> list[dict[str, str]]:
+    """What is not measured, and why."""
+    found = [
+        {
+            "what": "speculative decoding",
+            "why": "vLLM's runner V1 takes no logits processors beside a drafter, and V2 needs Triton, so not on a CPU"
+            if device == "cpu"
+            else "not part of this benchmark yet",
+        }
+    ]
+    if device == "cpu":
+        found.append({"what": "every GPU figure", "why": "no GPU was at hand: --scale gpu has never run"})
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=("cpu", "gpu", "tiny"), default="cpu", help="models and requests")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=["serving", "sweep", "peers"], help="parts to run")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the requests, one round")
+    parser.add_argument("--compile", action="store_true", help="measure plain, none and all compiled, beside eager")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases of the part `serving` (default: all)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 3, peers 2)")
+    parser.add_argument("--num-prompts", type=int, metavar="N", help="requests, all sent at once")
+    for name in ("input", "output"):
+        parser.add_argument(
+            f"--{name}-len", type=int, nargs=2, metavar=("MIN", "MAX"), help=f"{name} tokens of a request"
+        )
+    parser.add_argument("--section", choices=("serving", "short"), help="of the JSON, for the part `serving`")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="of every contestant")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time, for --threads 1 on a busy machine"
+    )
+    parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="torch's profile of plain, none and all; no timing"
+    )
+    parser.add_argument(
+        "--output-json", type=Path, metavar="FILE", help="default: benchmarks/results/throughput-SCALE.json"
+    )
+    arguments = parser.parse_args()
+    from throughput_models import SCALES
+    from throughput_peers import measure as measure_peers
+    from throughput_peers import sweep
+    from throughput_serving import CASES, FEW, Setup, measure
+
+    device = "cuda" if arguments.scale == "gpu" else "cpu"
+    scale = SCALES[arguments.scale]
+    prompts = arguments.num_prompts or scale.prompts // (4 if arguments.quick else 1)
+    scale = replace(scale, prompts=prompts)
+    if arguments.input_len:
+        scale = replace(scale, input_len=tuple(arguments.input_len))
+    if arguments.output_len:
+        scale = replace(scale, output_len=tuple(arguments.output_len))
+    output = arguments.output_json or HERE / "results" / f"throughput-{arguments.scale}.json"
+    # Two 7 B engines fill a GPU of 80 GB.
+    wanted = arguments.cases or (
+        ["plain", "none", "10 %", "50 %", "all"] if device == "cuda" else [c.name for c in CASES]
+    )
+    cases = [case for case in CASES if case.name in {*wanted, "plain"}]
+
+    def setup(compiled: bool = False) -> Setup:
+        return Setup(scale, arguments.threads, device, compiled, arguments.engine_args, arguments.clock == "cpu")
+
+    if arguments.profile:
+        from throughput_profile import profile
+
+        profile(setup(), [case for case in cases if case.name in FEW], arguments.profile)
+        return
+    not_measured = skipped(device)
+
+    def saved() -> dict:
+        return json.loads(output.read_text()) if output.exists() else {"sections": {}}
+
+    def save(section: str, found: dict) -> None:
+        report = saved() | {"skipped": not_measured}
+        found["environment"] = environment(arguments.threads, device) | {"clock": arguments.clock}
+        found["scale"] = asdict(scale) | {"base_parameters": scale.base.parameters}
+        found["scale"] |= {"value_parameters": scale.value.parameters, "quick": arguments.quick}
+        report["sections"][section] = found
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n")
+        from throughput_table import write
+
+        write(report, output)
+
+    def say(text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    def rounds(default: int) -> int:
+        return arguments.rounds or (1 if arguments.quick else default)
+
+    if "serving" in arguments.only:
+        measure(setup(), cases, rounds(3), arguments.seed, say, functools.partial(save, arguments.section or "serving"))
+    if arguments.compile:
+        few = [case for case in CASES if case.name in FEW]
+        measure(setup(compiled=True), few, rounds(3), arguments.seed, say, functools.partial(save, "compiled"))
+    if not scale.random_weights:
+        not_measured.append({"what": "peers", "why": "they need weights in a folder, and here are vLLM's dummy ones"})
+        arguments.only = [part for part in arguments.only if part not in ("sweep", "peers")]
+    if "sweep" in arguments.only:
+        save("sweep", sweep(setup(), arguments.seed, say))
+    if "peers" in arguments.only:
+        if "sweep" not in saved()["sections"]:
+            parser.error("--only peers needs the best batch size: run --only sweep peers")
+        best = saved()["sections"]["sweep"]["best"]
+        measure_peers(setup(), best, rounds(2), arguments.seed, say, functools.partial(save, "peers"))
+    if "curves" in arguments.only:
+        from throughput_curves import measure as measure_curves
+
+        save("curves", measure_curves(setup(), rounds(2), arguments.seed, say))
+    print(output.with_suffix(".md").read_text())
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Tables and pictures of what `throughput.py` measured: `python benchmarks/throughput_table.py RESULTS.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # needs no display
+import matplotlib.pyplot as plt
+
+SPEED = ("case", "output tokens/s (spread)", "decode: speed of base alone", "its bound", "share of the bound")
+SPEED += ("prompts: speed of base alone", "its bound", "share of the bound")
+LIMIT = ("case", "phase", "seconds", "bound by FLOPs", "bound by bytes", "bound step by step", "of which FLOPs")
+LIMIT += ("share of the bound",)
+LATENCY = ("case", "TTFT ms p50 / p90 / p99", "TPOT ms p50 / p90 / p99", "ITL ms p50 / p90 / p99")
+LATENCY += ("peak memory", "KV-cache tokens that fit")
+PEERS = (
+    "way",
+    "output tokens/s (spread)",
+    "ours is faster by",
+    "goal",
+    "TTFT ms p50 / p90 / p99",
+    "TPOT ms p50 / p90 / p99",
+)
+
+
+def rows_of(header: tuple[str, ...], rows: list[tuple]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def _throughput(case: dict) -> str:
+    low, high = case["spread"]["output_throughput"]
+    return f"{case['output_throughput']:,.1f} ({low:,.1f}–{high:,.1f})"
+
+
+def _percentiles(case: dict, name: str) -> str:
+    return " / ".join(f"{case[f'p{p}_{name}_ms']:,.0f}" for p in (50, 90, 99))
+
+
+def _memory(case: dict) -> str:
+    memory = case["memory"]
+    return f"{memory.get('peak_gpu_bytes', memory['peak_resident_bytes']) / 2**30:.2f} GiB"
+
+
+def serving_tables(section: dict) -> str:
+    """Speed against plain vLLM and its bound, the limits in seconds, latencies and memory."""
+    speed, limits, latencies = [], [], []
+    for case in section["cases"]:
+        cells = [case["label"], _throughput(case)]
+        for phase, found in (("decode", case["phases"]["decode"]), ("prompts", case["phases"]["prefill"])):
+            compared = case["name"] != "value"
+            cells.append(f"{found['speed_over_plain']:.3f}" if compared else "–")
+            cells.append(f"{found['bound_of_speed_over_plain']:.3f}" if compared else "–")
+            cells.append(f"{found['share_of_bound']:.3f}" if compared else "–")
+            limit = found["bound"]
+            numbers = (found["median_seconds"], *(limit[f"seconds{by}"] for by in ("_by_flops", "_by_bytes", "")))
+            seconds = tuple(f"{number:.2f}" for number in numbers)
+            share = f"{found['share_of_absolute_bound']:.2f}"
+            limits.append((case["label"], phase, *seconds, f"{limit['share_bound_by_flops']:.0%}", share))
+        speed.append(tuple(cells))
+        fit = f"{case['memory']['kv_cache_tokens']:,}"
+        latencies.append((case["label"], *(_percentiles(case, n) for n in ("ttft", "tpot", "itl")), _memory(case), fit))
+    rates = section["rates"]
+    return "\n".join(
+        [
+            rows_of(SPEED, speed),
+            f"Limits: {rates['flops'] / 1e9:,.0f} GFLOP/s (large matrix product), {rates['bytes'] / 1e9:,.1f} GB/s "
+            "(matrix times vector), measured in the same run. Seconds of the whole run:\n",
+            rows_of(LIMIT, limits),
+            rows_of(LATENCY, latencies),
+        ]
+    )
+
+
+def peers_table(section: dict) -> str:
+    """Ours beside every peer."""
+    rows = []
+    for case in section["cases"]:
+        times, goal = case.get("times_faster"), case.get("goal")
+        verdict = "" if goal is None else f"≥ {goal:g}× {'met' if case['met'] else 'MISSED'}"
+        latencies = [_percentiles(case, name) for name in ("ttft", "tpot")]
+        few = "" if case["requests"] == section["cases"][0]["requests"] else f", {case['requests']} of the requests"
+        faster = "" if times is None else f"{times:.2f}×"
+        rows.append((case["label"] + few, _throughput(case), faster, verdict, *latencies))
+    return rows_of(PEERS, rows)
+
+
+def sweep_table(section: dict) -> str:
+    """What batch sizes give."""
+    rows = [(entry["batch_size"], f"{entry['output_throughput']:,.1f}") for entry in section["sizes"]]
+    return rows_of(("batch size", "output tokens/s"), rows) + (
+        "\nBatches are sorted by output length, which a server cannot know.\n"
+    )
+
+
+def curves_table(section: dict) -> str:
+    """Cost of an output token over base alone, by what was varied."""
+    header = ("varied", "at", "base alone, ms per token", "all steered", "cost over base alone", "its bound")
+    header += ("bound by FLOPs",)
+    rows = []
+    for name, points in section["curves"].items():
+        for point in points:
+            milliseconds = tuple(f"{point[key]:.2f}" for key in ("plain_ms", "steered_ms"))
+            cost = f"{point['cost']:.3f}", f"{point['cost_bound']:.3f}"
+            rows.append((name, point["label"], *milliseconds, *cost, f"{point['share_bound_by_flops']:.0%}"))
+    return rows_of(header, rows)
+
+
+TITLES = {
+    "serving": ("What steering costs, eager", serving_tables),
+    "short": ("The same in many short rounds, for small differences", serving_tables),
+    "compiled": ("The same, compiled", serving_tables),
+    "peers": ("Every other way", peers_table),
+    "sweep": ("Batch size of two Hugging Face models", sweep_table),
+    "curves": ("Scaling: cost of one output token", curves_table),
+}
+
+
+def markdown(report: dict) -> str:
+    """The whole report."""
+    parts = ["# Throughput\n"]
+    for name, (title, table) in TITLES.items():
+        section = report["sections"].get(name)
+        if section is None:
+            continue
+        found, scale, check = section["environment"], section["scale"], section.get("check", {})
+        parts.append(f"## {title}\n")
+        machine = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
+        parts.append(
+            f"{machine}; vLLM {found['vllm']}, torch {found['torch']}, transformers {found['transformers']}; "
+            f"{found['date']}; `{found['command']}`. Base {scale['base_parameters'] / 1e6:,.0f} M parameters, value "
+            f"network {scale['value_parameters'] / 1e6:,.0f} M, {scale['dtype']}; {scale['prompts']} requests at once, "
+            f"prompts of {scale['input_len'][0]}–{scale['input_len'][1]} and outputs of {scale['output_len'][0]}–"
+            f"{scale['output_len'][1]} tokens; medians of {section.get('rounds', 1)} rounds in turns."
+            + (" Greedy tokens equal the formula's in every row, checked first." if check.get("checked") else "")
+            + (" Seconds are CPU seconds of one thread." if found["clock"] == "cpu" else "")
+            + (" QUICK RUN." if scale["quick"] else "")
+            + "\n"
+        )
+        parts.append(table(section))
+    parts.append("## Not measured\n")
+    parts.extend(f"* {entry['what']}: {entry['why']}" for entry in report["skipped"])
+    return "\n".join(parts) + "\n"
+
+
+def draw_cases(sections: dict, output: Path) -> None:
+    """Bars: output tokens per second of every case and every peer."""
+    panels = [name for name in ("serving", "compiled", "peers") if sections.get(name, {}).get("cases")]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 4.8), layout="constrained", squeeze=False)
+    for panel, name in zip(axes[0], panels, strict=True):
+        cases = [case for case in sections[name]["cases"] if case["name"] != "value"][::-1]
+        rates = [case["output_throughput"] for case in cases]
+        edges = [
+            [abs(rate - case["spread"]["output_throughput"][end]) for case, rate in zip(cases, rates, strict=True)]
+            for end in (0, 1)
+        ]
+        colors = [
+            "tab:gray"
+            if case["name"] == "plain"
+            else "tab:orange"
+            if name == "peers" and "goal" in case
+            else "tab:blue"
+            for case in cases
+        ]
+        panel.barh([case["label"] for case in cases], rates, xerr=edges, color=colors)
+        for place, rate in enumerate(rates):
+            panel.annotate(f" {rate:,.0f}", (rate, place), va="center", xytext=(6, 0), textcoords="offset points")
+        panel.set_xlabel("output tokens/s")
+        panel.set_title(TITLES[name][0])
+        panel.margins(x=0.12)
+        panel.grid(axis="x", alpha=0.3)
+    figure.savefig(output, dpi=130)
+    plt.close(figure)
+
+
+def draw_curves(section: dict, output: Path) -> None:
+    """One panel for each thing that was varied: measured cost over base alone, and its bound."""
+    figure, axes = plt.subplots(
+        1, len(section["curves"]), figsize=(5 * len(section["curves"]), 4), layout="constrained"
+    )
+    for panel, (name, points) in zip(axes, section["curves"].items(), strict=True):
+        places = range(len(points))
+        panel.plot(places, [point["cost"] for point in points], "o-", label="measured")
+        low, high = ([point["cost_spread"][end] for point in points] for end in (0, 1))
+        panel.fill_between(places, low, high, alpha=0.2)
+        panel.plot(places, [point["cost_bound"] for point in points], "k:", label="bound")
+        panel.set_xticks(places, [point["label"] for point in points])
+        panel.set_xlabel(name)
+        panel.set_ylabel("cost of an output token, base alone = 1")
+        panel.set_ylim(bottom=0.9)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(output, dpi=130)
+    plt.close(figure)
+
+
+def write(report: dict, results: Path) -> None:
+    """Writes the Markdown and the pictures beside the JSON."""
+    results.with_suffix(".md").write_text(markdown(report))
+    draw_cases(report["sections"], results.with_suffix(".png"))
+    if "curves" in report["sections"]:
+        draw_curves(report["sections"]["curves"], results.with_name(f"{results.stem}-curves.png"))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of benchmarks/throughput.py")
+    for path in parser.parse_args().results:
+        write(json.loads(path.read_text()), path)
+
+
+if __name__ == "__main__":
+    main()
