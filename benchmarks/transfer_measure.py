@@ -14,6 +14,7 @@ MAX_NEW_TOKENS = 12
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 BASE_ALONE, VALUE_ALONE, TUNED = "base alone", "value alone", "fine-tuned"
 RESIDUAL, PROXY = "residual", "proxy-tuning"
+FUSION, TRUST = "proxy-tuning, weight auto", "residual, max_kl 2"
 
 Answers = dict[str, list[tuple[str, str]]]
 
@@ -60,6 +61,11 @@ def rows_of(values: dict[str, Path], tuned: Path, small: Path, vocab_map: Path |
     rows += [steered(variant, {"model": str(folder), **mapped}) for variant, folder in values.items()]
     rows.append(steered(PROXY, {"model": str(tuned), "minus": str(small), **mapped}))
     main = next(row for row in rows if row.label == RESIDUAL)
+    if vocab_map is None:
+        # Weights that the engine finds at every token: Dynamic Logits Fusion, and a trust region around the base.
+        proxy = rows[-1]
+        rows.append(Row(FUSION, proxy.name, proxy.entry, f"auto:{proxy.name}"))
+        rows.append(Row(TRUST, main.name, main.entry, f"{main.name}=1.0;max_kl=2.0"))
     rows += [Row(sweep_label(w), main.name, main.entry, {main.name: w}) for w in WEIGHTS]
     return rows
 

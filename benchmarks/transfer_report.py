@@ -9,12 +9,12 @@ from typing import Any
 import transfer_table as table
 from tqdm import tqdm
 from transfer_family import BASES, SMALL, TOKENIZERS, Scale
-from transfer_measure import BASE_ALONE, PROXY, TUNED, VALUE_ALONE
+from transfer_measure import BASE_ALONE, FUSION, PROXY, RESIDUAL, TRUST, TUNED, VALUE_ALONE
 from transfer_stages import Stage, read_result
 from transfer_training import VARIANTS
 from transfer_world import NEWS, TASKS, World
 
-ROWS = (BASE_ALONE, VALUE_ALONE, *VARIANTS, table.EXPERT_ALONE, PROXY, TUNED)
+ROWS = (BASE_ALONE, VALUE_ALONE, *VARIANTS, TRUST, table.EXPERT_ALONE, PROXY, FUSION, TUNED)
 KINDS = {
     "S": "the base that the value networks were trained beside",
     "M": "larger, same family",
@@ -73,6 +73,7 @@ def build(stages: list[Stage], folders: dict[str, Path], scale: Scale, seeds: in
     }
     small = by_seed[0][f"base/{SMALL}"]["parameters"]
     extra = {**{name: by_seed[0][f"value/{name}"]["parameters"] for name in VARIANTS}, PROXY: 2 * small}
+    extra |= {TRUST: extra[RESIDUAL], FUSION: extra[PROXY]}
     world = worlds[0]
     return {
         "seeds": seeds,

@@ -5,7 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transfer_measure import BASE_ALONE, PROXY, RESIDUAL, TUNED, VALUE_ALONE, WEIGHTS, Answers, hits, sweep_label
+from transfer_measure import (
+    BASE_ALONE,
+    FUSION,
+    PROXY,
+    RESIDUAL,
+    TRUST,
+    TUNED,
+    VALUE_ALONE,
+    WEIGHTS,
+    Answers,
+    hits,
+    sweep_label,
+)
 from transfer_training import VARIANTS
 from transfer_world import NEWS, TASKS, World
 
@@ -122,6 +134,7 @@ def costs(training: list[Mapping[str, Any]], base: str) -> dict[str, dict[str, f
         base: The target.
     """
     stage_of = {**{variant: f"value/{variant}" for variant in VARIANTS}, PROXY: "tuned/S", TUNED: f"tuned/{base}"}
+    stage_of |= {TRUST: stage_of[RESIDUAL], FUSION: stage_of[PROXY]}
     found = {}
     for label, stage in stage_of.items():
         own = {key: float(np.mean([seed[stage][key] for seed in training])) for key in ("flops", "seconds")}
