@@ -8,7 +8,6 @@ from objective_tools import (
     SCHEMES,
     VOCAB,
     assert_same,
-    gemma,
     gradients,
     llama,
     logits_of,
@@ -156,9 +155,11 @@ def test_cache_is_refused_where_it_would_be_wrong(tmp_path):
         BaseCache(tmp_path / "c", FrozenBases([llama(seed=9)]))
     with pytest.raises(ValueError, match="made with another dtype"):
         BaseCache(tmp_path / "c", bases, dtype="bfloat16")
-    capped = FrozenBases([gemma("Gemma2")])
-    with pytest.raises(ValueError, match="whole logits: it scales or caps"):
-        JointLoss(value, capped, cache=BaseCache(tmp_path / "e", capped))
+    adapted = llama()
+    adapted.lm_head = type("Adapter", (torch.nn.Linear,), {})(16, VOCAB)
+    whole = FrozenBases([adapted])
+    with pytest.raises(ValueError, match="whole logits: its output layer is a Adapter"):
+        JointLoss(value, whole, cache=BaseCache(tmp_path / "e", whole))
     (tmp_path / "f").write_text("")
     with pytest.raises(ValueError, match="a file is in the way"):
         BaseCache(tmp_path / "f", bases)

@@ -19,7 +19,7 @@ from objective_tools import (
 from ivl_vllm.training.base_cache import BaseCache
 from ivl_vllm.training.frozen_bases import FrozenBases
 from ivl_vllm.training.joint_loss import JointLoss
-from ivl_vllm.training.schemes import Tap, expected_embedding, why_not_chunked
+from ivl_vllm.training.schemes import Tap, expected_embedding, logit_shape
 
 
 def test_bf16_autocast_follows_the_whole_logits():
@@ -52,12 +52,12 @@ def test_every_scheme_equals_autograd_on_the_naive_loss(scheme, norm, tied, padd
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["Gemma", "Gemma3Text", "Gemma2"])
 def test_models_that_scale_embeddings_or_cap_logits(scheme, kind):
-    """As base and as value; a capped network takes the way of whole logits, the other one stays chunked."""
+    """As base and as value, in chunks."""
     unusual, plain, batch = gemma(kind).eval(), qwen2(), make_batch()
     for base, value in ((plain, unusual), (unusual, plain)):
         value.requires_grad_(True)
         loss = JointLoss(value, FrozenBases([base]), scheme=scheme, chunk=4)
-        assert len(loss.notes()) == (kind == "Gemma2")
+        assert not loss.notes()
         sums, _ = loss(value, dict(batch), 0)
         assert_same(value, sums, naive(value, logits_of(base, batch), batch, scheme, "l1", 1.0))
 
@@ -92,15 +92,43 @@ def test_cascade_never_holds_the_probabilities_of_all_positions():
 def test_output_layers_that_are_not_plain_are_told():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    assert why_not_chunked(llama()) is None
-    assert why_not_chunked(GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1))) is None
+    assert logit_shape(llama()) == (1.0, None)
+    assert logit_shape(GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1))) == (1.0, None)
+    assert logit_shape(gemma("Gemma2")) == (1.0, 30.0)
     model = qwen2()
 
     class Adapter(torch.nn.Linear):
         pass
 
     model.lm_head = Adapter(16, VOCAB)
-    assert "a Adapter" in why_not_chunked(model)
+    assert "a Adapter" in logit_shape(model)
+
+
+class Shifted(torch.nn.Module):
+    """Does what no configuration tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = llama()
+        self.config = self.inner.config
+
+    def get_output_embeddings(self):
+        return self.inner.get_output_embeddings()
+
+    def forward(self, **inputs):
+        output = self.inner(**inputs)
+        output.logits = output.logits + 3.0
+        return output
+
+
+def test_logits_that_are_neither_scaled_nor_capped_stay_whole():
+    base, value, batch = Shifted(), qwen2(), make_batch()
+    loss = JointLoss(value, FrozenBases([base]), chunk=4)
+    assert loss.notes() == [
+        "the base's logits are not chunked: it does more to its logits than to scale or to cap them"
+    ]
+    sums, _ = loss(value, dict(batch), 0)
+    assert_same(value, sums, naive(value, logits_of(base, batch), batch, "residual", "l1", 1.0))
 
 
 def test_tap_restores_what_was_there_even_after_an_error():

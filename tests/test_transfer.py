@@ -119,7 +119,7 @@ def test_rows_have_names_that_an_engine_takes(transfer, tmp_path):
     for row in rows:
         assert (row.ivl is None) == (row.label == "base alone")
         if row.name is not None:
-            assert list(row.ivl) == [row.name] and row.name in settings.values
+            assert settings.steering({"ivl": row.ivl}).names == (row.name,)
     assert rows[-1].ivl == {"residual": 2.0}
 
 

@@ -5,6 +5,7 @@ logits exist, and summed.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -17,6 +18,25 @@ CHUNK = 512
 
 # Rows `start` to `stop` of the base's logits, [stop − start, V_base] in fp32, in memory that the caller may overwrite.
 BaseLogits = Callable[[int, int], torch.Tensor]
+
+
+class Shape(NamedTuple):
+    """What a network makes of its output layer's numbers: `cap · tanh(scale · x / cap)`, or `scale · x` uncapped."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Shape logits, in place."""
+        if self.cap is not None:
+            return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def backward(self, gradient: torch.Tensor, shaped: torch.Tensor) -> torch.Tensor:
+        """From the gradient in the shaped logits to that in the output layer's numbers; both are overwritten."""
+        if self.cap is not None:
+            gradient.mul_(shaped.div_(self.cap).square_().neg_().add_(1.0))  # 1 − tanh²
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 def terms_and_gradient(
@@ -82,7 +102,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, base_logits, base_columns, labels, norm, norm_weight, options):
-        chunk, with_gradient, dtype, step = options
+        chunk, with_gradient, dtype, step, shape = options
         weight_of_norm = torch.full((), norm_weight, dtype=torch.float32, device=hidden.device)
         # Not for a frozen head (LoRA): its gradient is the largest of all.
         for_head = with_gradient and weight.requires_grad
@@ -104,12 +124,14 @@ class _ChunkedLoss(torch.autograd.Function):
         bounds += [(start, min(start + chunk, everything)) for start in range(answers, everything, chunk)]
         for start, stop in bounds:
             rows = hidden[start:stop].to(dtype)
-            value_logits = functional.linear(rows, matrix, offset)
+            value_logits = shape(functional.linear(rows, matrix, offset))
             base = base_logits(start, stop) if start < answers else None
             found, gradient = step(base, value_logits, labels[start:stop], norm, weight_of_norm, with_gradient)
-            del value_logits, base
+            del base
             sums += found
             if with_gradient:
+                gradient = shape.backward(gradient, value_logits)
+                del value_logits
                 grads[0][start:stop] = gradient @ matrix
             if for_head and dtype == torch.float32:
                 grads[1][:shared].addmm_(gradient.t(), rows)
@@ -147,11 +169,12 @@ def chunked_loss(
     norm_weight: float = 1.0,
     chunk: int = CHUNK,
     step: Callable = terms_and_gradient,
+    shape: Shape = Shape(),  # noqa: B008  (immutable)
 ) -> Sums:
     """`residual_terms`, summed, from hidden states: `chunk` rows of logits exist at a time.
 
-    Values and gradients are those of `sum_terms(residual_terms(…))` on `V(x) = hidden · weightᵀ + bias`, but for the
-    rounding of fp32 sums. Products run in autocast's dtype where autocast is on, else in the dtype of `weight`.
+    Values and gradients are those of `sum_terms(residual_terms(…))` on `V(x) = shape(hidden · weightᵀ + bias)`, but for
+    the rounding of fp32 sums. Products run in autocast's dtype where autocast is on, else in the dtype of `weight`.
 
     Args:
         hidden: [N + M, H], the value network's final hidden states at N answer positions, and behind them at M
@@ -165,6 +188,7 @@ def chunked_loss(
         norm_weight: λ.
         chunk: Rows at a time.
         step: `terms_and_gradient`, or a compiled version of it.
+        shape: How the network scales or caps its logits.
 
     Returns:
         `Sums`; `total` is differentiable, once, in `hidden`, `weight` and `bias`.
@@ -179,7 +203,7 @@ def chunked_loss(
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; expected {', '.join(NORMS)}")
-    options = (chunk, with_gradient, dtype, step)
+    options = (chunk, with_gradient, dtype, step, shape)
     with torch.autocast(device, enabled=False):
         found = _ChunkedLoss.apply(hidden, weight, bias, base_logits, base_columns, labels, norm, norm_weight, options)
     return Sums(*found, found[0].new_full((), hidden.shape[0]))

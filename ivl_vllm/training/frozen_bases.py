@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ivl_vllm.training import models
-from ivl_vllm.training.schemes import Tap, why_not_chunked
+from ivl_vllm.training.chunked_loss import Shape
+from ivl_vllm.training.schemes import Tap, logit_shape
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
 # torch's generator on the CPU looks at the low 32 bits of a seed.
@@ -27,14 +28,15 @@ class BaseRows:
 
     Args:
         features: For each base [N, H], final hidden states, or [N, V], whole logits where it has no `heads` entry.
-        heads: For each base its output matrix [V, H] and bias [V] (or None); None where `features` are the logits.
+        heads: For each base its output matrix [V, H], bias [V] (or None) and what it does to their product; None where
+            `features` are the logits.
         temperature: What the logits are divided by.
         noise: Standard deviation of the noise on each logit, after the division.
         seed: Of the noise: the same rows get the same noise whenever they are computed.
     """
 
     features: tuple[torch.Tensor, ...]
-    heads: tuple[tuple[torch.Tensor, torch.Tensor | None] | None, ...]
+    heads: tuple[tuple[torch.Tensor, torch.Tensor | None, Shape] | None, ...]
     temperature: float = 1.0
     noise: float = 0.0
     seed: int = 0
@@ -52,8 +54,8 @@ class BaseRows:
         for features, head in zip(self.features, self.heads, strict=True):
             rows = features[start:stop]
             if head is not None:
-                weight, bias = head
-                rows = functional.linear(rows.to(weight.dtype), weight, bias)
+                weight, bias, shape = head
+                rows = shape(functional.linear(rows.to(weight.dtype), weight, bias))
             rows = rows[:, : self.columns]
             # `float` copies nothing where the rows are fp32 already, and whole logits must not be written to.
             rows = rows.clone() if rows.dtype == torch.float32 and head is None else rows.float()
@@ -97,7 +99,8 @@ class FrozenBases:
     ) -> None:
         self.models = [network.requires_grad_(False).eval() for network in networks]
         self.mix, self.temperature, self.noise, self.seed = mix, temperature, noise, seed
-        self.reasons = [why_not_chunked(model) for model in self.models]
+        self._shapes = [logit_shape(model) for model in self.models]
+        self.reasons = [shape if isinstance(shape, str) else None for shape in self._shapes]
         self._taps = [
             None if r else Tap(m.get_output_embeddings()) for m, r in zip(self.models, self.reasons, strict=True)
         ]
@@ -111,15 +114,18 @@ class FrozenBases:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         return [int(torch.randint(len(self.models), (1,), generator=generator))]
 
-    def head(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Output matrix and bias of a base in the dtype that its products run in; None where it needs whole logits."""
+    def head(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None, Shape] | None:
+        """Output matrix and bias of a base in the dtype that its products run in, and what it does to their product.
+
+        None where it needs whole logits.
+        """
         if self._taps[index] is None:
             return None
         layer = self._taps[index].layer
         device = layer.weight.device.type
         # autocast would cast the frozen matrix anew for every chunk.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
-        return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+        return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype), self._shapes[index]
 
     @torch.no_grad()
     def features(self, index: int, inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
@@ -195,7 +201,7 @@ def load_more_bases(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) ->
 def whole_logits(
     model: torch.nn.Module, plain: torch.nn.Module, inputs: dict[str, torch.Tensor], mask: torch.Tensor
 ) -> torch.Tensor:
-    """Logits at some positions, for models that do more to their logits than their output layer (Gemma 2, Cohere).
+    """Logits at some positions, for models whose output layer cannot be run apart.
 
     Args:
         model: Network to call.

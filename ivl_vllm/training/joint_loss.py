@@ -9,7 +9,7 @@ from ivl_vllm.training.base_cache import BaseCache
 from ivl_vllm.training.chunked_loss import CHUNK, chunked_loss, terms_and_gradient
 from ivl_vllm.training.frozen_bases import BaseRows, FrozenBases, whole_logits
 from ivl_vllm.training.objective import Sums, answer_mask, norm_mask, residual_terms, sum_terms, value_norm
-from ivl_vllm.training.schemes import Tap, cascade_inputs, reads_base, why_not_chunked
+from ivl_vllm.training.schemes import Tap, cascade_inputs, logit_shape, reads_base
 
 
 class JointLoss:
@@ -52,7 +52,8 @@ class JointLoss:
             raise ValueError(f"--cache_base keeps answer positions; --scheme {scheme} reads the base at all of them")
         if cache is not None and bases.reasons[0]:
             raise ValueError(f"--cache_base keeps hidden states, but the base needs whole logits: {bases.reasons[0]}")
-        self.reason = why_not_chunked(value)
+        shape = logit_shape(value)
+        self.reason, self._shape = (shape, None) if isinstance(shape, str) else (None, shape)
         self._head = None if self.reason else Tap(value.get_output_embeddings())
         self._embed = Tap(value.get_input_embeddings()) if self.reads_base else None
         # Now: a wrapper may reshape the weight later.
@@ -128,14 +129,16 @@ class JointLoss:
                 norm_weight=self.norm_weight * side.share(chosen.shape[0]),
                 chunk=self.chunk,
                 step=self._step,
+                shape=self._shape,
             )
             found.append(sums)
-            return sums.total.view(1, 1, 1)
+            # 0 with the gradient of the loss: scaled or capped by the model, it stays so but for the scale.
+            return (sums.total - sums.total.detach()).view(1, 1, 1)
 
         with self._head.doing(loss):
-            total = model(**side.inputs, use_cache=False).logits
-        # As the model returned it: wrappers hang their work onto its outputs.
-        return found[0]._replace(total=total.view(()))
+            nothing = model(**side.inputs, use_cache=False).logits
+        # By way of what the model returned: wrappers hang their work onto its outputs.
+        return found[0]._replace(total=found[0].total.detach() + nothing.view(()) / self._shape.scale)
 
     def _whole(self, model: torch.nn.Module, side: "_Side", rows: BaseRows) -> Sums:
         everywhere = side.answers if side.further is None else side.answers | side.further

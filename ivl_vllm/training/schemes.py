@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ivl_vllm.training.chunked_loss import CHUNK, BaseLogits
+from ivl_vllm.training.chunked_loss import CHUNK, BaseLogits, Shape
 from ivl_vllm.training.ivl_config import SCHEMES
 
 
@@ -150,16 +150,17 @@ class Tap:
                 self.layer.forward = before
 
 
-def why_not_chunked(model: nn.Module) -> str | None:
-    """Whether a model's logits are just its output layer's, so that they can be computed apart, a chunk at a time.
+def logit_shape(model: nn.Module) -> Shape | str:
+    """What a model does to its output layer's numbers, so that its logits can be computed apart, a chunk at a time.
 
-    Tried on the model itself: its output layer is made to return known numbers, and they must come out unchanged.
+    Its configuration says how it scales or caps them. That is tried on the model itself: its output layer is made to
+    return known numbers, and what comes out must be as told.
 
     Args:
         model: A causal LM with whole weights, not yet wrapped by DDP or FSDP.
 
     Returns:
-        None, or the reason why whole logits are needed.
+        The shape, or the reason why whole logits are needed.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
@@ -183,7 +184,14 @@ def why_not_chunked(model: nn.Module) -> str | None:
         model.train(was_training)
     if calls != 1:
         return f"it calls its output layer {calls} times"
-    expected = known.to(head.weight.dtype).expand_as(logits) if logits.shape[-1] == known.numel() else None
-    if expected is None or not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
-        return "it scales or caps its logits"
-    return None
+    for shape in (Shape(), _told_shape(model.config.get_text_config())):
+        expected = shape(known.to(head.weight.dtype, copy=True)).expand_as(logits)
+        if torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
+            return shape
+    return "it does more to its logits than to scale or to cap them"
+
+
+def _told_shape(config: Any) -> Shape:
+    """Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 has a soft cap."""
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Shape(scale, getattr(config, "final_logit_softcapping", None))
