@@ -104,7 +104,10 @@ def main() -> None:
         scale = replace(scale, input_len=tuple(arguments.input_len))
     if arguments.output_len:
         scale = replace(scale, output_len=tuple(arguments.output_len))
-    output = arguments.output_json or HERE / "results" / f"throughput-{arguments.scale}.json"
+    if arguments.clock == "cpu" and arguments.threads != 1:
+        parser.error(f"--clock cpu adds up the time of {arguments.threads} threads: give --threads 1 with it")
+    name = f"throughput-{arguments.scale}{'-quick' if arguments.quick else ''}.json"
+    output = arguments.output_json or HERE / "results" / name
     # Two 7 B engines fill a GPU of 80 GB.
     wanted = arguments.cases or (
         ["plain", "none", "10 %", "50 %", "all"] if device == "cuda" else [c.name for c in CASES]

@@ -137,7 +137,11 @@ def markdown(report: dict) -> str:
             f"network {scale['value_parameters'] / 1e6:,.0f} M, {scale['dtype']}; {scale['prompts']} requests at once, "
             f"prompts of {scale['input_len'][0]}–{scale['input_len'][1]} and outputs of {scale['output_len'][0]}–"
             f"{scale['output_len'][1]} tokens; medians of {section.get('rounds', 1)} rounds in turns."
-            + (" Greedy tokens equal the formula's in every row, checked first." if check.get("checked") else "")
+            + (
+                " Greedy tokens were compared with the formula's first, all requests steered."
+                if check.get("checked")
+                else ""
+            )
             + (" Seconds are CPU seconds of one thread." if found["clock"] == "cpu" else "")
             + (" QUICK RUN." if scale["quick"] else "")
             + "\n"

@@ -14,7 +14,8 @@ MAX_NEW_TOKENS = 12
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 BASE_ALONE, VALUE_ALONE, TUNED = "base alone", "value alone", "fine-tuned"
 RESIDUAL, PROXY = "residual", "proxy-tuning"
-FUSION, TRUST = "proxy-tuning, weight auto", "residual, max_kl 2"
+FUSION = "proxy-tuning, weight auto"
+TRUST = {f"residual, max_kl {nats}": nats for nats in (2, 8)}
 
 Answers = dict[str, list[tuple[str, str]]]
 
@@ -65,7 +66,7 @@ def rows_of(values: dict[str, Path], tuned: Path, small: Path, vocab_map: Path |
         # Weights that the engine finds at every token: Dynamic Logits Fusion, and a trust region around the base.
         proxy = rows[-1]
         rows.append(Row(FUSION, proxy.name, proxy.entry, f"auto:{proxy.name}"))
-        rows.append(Row(TRUST, main.name, main.entry, f"{main.name}=1.0;max_kl=2.0"))
+        rows += [Row(label, main.name, main.entry, f"{main.name}=1.0;max_kl={n}") for label, n in TRUST.items()]
     rows += [Row(sweep_label(w), main.name, main.entry, {main.name: w}) for w in WEIGHTS]
     return rows
 

@@ -14,7 +14,7 @@ from transfer_stages import Stage, read_result
 from transfer_training import VARIANTS
 from transfer_world import NEWS, TASKS, World
 
-ROWS = (BASE_ALONE, VALUE_ALONE, *VARIANTS, TRUST, table.EXPERT_ALONE, PROXY, FUSION, TUNED)
+ROWS = (BASE_ALONE, VALUE_ALONE, *VARIANTS, *TRUST, table.EXPERT_ALONE, PROXY, FUSION, TUNED)
 KINDS = {
     "S": "the base that the value networks were trained beside",
     "M": "larger, same family",
@@ -73,7 +73,7 @@ def build(stages: list[Stage], folders: dict[str, Path], scale: Scale, seeds: in
     }
     small = by_seed[0][f"base/{SMALL}"]["parameters"]
     extra = {**{name: by_seed[0][f"value/{name}"]["parameters"] for name in VARIANTS}, PROXY: 2 * small}
-    extra |= {TRUST: extra[RESIDUAL], FUSION: extra[PROXY]}
+    extra |= {**dict.fromkeys(TRUST, extra[RESIDUAL]), FUSION: extra[PROXY]}
     world = worlds[0]
     return {
         "seeds": seeds,

@@ -134,7 +134,7 @@ def costs(training: list[Mapping[str, Any]], base: str) -> dict[str, dict[str, f
         base: The target.
     """
     stage_of = {**{variant: f"value/{variant}" for variant in VARIANTS}, PROXY: "tuned/S", TUNED: f"tuned/{base}"}
-    stage_of |= {TRUST: stage_of[RESIDUAL], FUSION: stage_of[PROXY]}
+    stage_of |= {**dict.fromkeys(TRUST, stage_of[RESIDUAL]), FUSION: stage_of[PROXY]}
     found = {}
     for label, stage in stage_of.items():
         own = {key: float(np.mean([seed[stage][key] for seed in training])) for key in ("flops", "seconds")}

@@ -35,7 +35,8 @@ def read_trace(path: str) -> dict[str, list[Token]]:
     """Name of the trace -> its tokens in order; requests that share a name get a number behind it.
 
     A position that was computed more than once counts as it was the last time. The token at a position is what the line
-    of the next one says came before it; the last one's is the likeliest after steering.
+    of the next one says came before it. In the last step nobody says so: the likeliest after steering is taken there,
+    and drafts that are something else end the trace.
 
     Raises:
         ValueError: no such file, or a line that is none of a trace.
@@ -46,7 +47,8 @@ def read_trace(path: str) -> dict[str, list[Token]]:
             for number, text in enumerate(file, 1):
                 try:
                     line = json.loads(text)
-                    tokens = line["token"], line["base_token"], line["token_before"], float(line["kl"]), line["weights"]
+                    tokens = *(line[key] for key in ("token", "base_token", "token_before", "draft")), float(line["kl"])
+                    tokens = *tokens, line["weights"]
                     traces.setdefault((line["trace"], line["request"]), {})[int(line["position"])] = tokens
                 except (ValueError, TypeError, KeyError) as error:
                     raise ValueError(f"{path}, line {number}: no line of a trace ({error!r})") from error
@@ -58,11 +60,15 @@ def read_trace(path: str) -> dict[str, list[Token]]:
         if alike > 1:
             name = next(numbered for n in range(1, alike + 1) if (numbered := f"{name} {n}") not in found)
         found[name] = []
+        last = max((position for position, line in lines.items() if not line[3]), default=0)
         for position in sorted(lines):
-            token, base_token, _, kl, weights = lines[position]
+            token, base_token, _, _, kl, weights = lines[position]
             following = lines.get(position + 1)
-            actual = token if following is None or following[2] is None else following[2]
+            before = None if following is None else following[2]
+            actual = before if position < last and before is not None else token
             found[name].append(Token(actual, base_token, kl, weights))
+            if position >= last and before != actual:
+                break
     return found
 
 

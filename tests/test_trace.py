@@ -70,13 +70,14 @@ def test_traces_of_every_kind_of_weight(models, tmp_path, capsys):
     assert "'who'" in capsys.readouterr().err
 
 
-def line(position, token, before, name="a", request="r"):
+def line(position, token, before, name="a", request="r", draft=False):
     return json.dumps(
         {
             "trace": name,
             "request": request,
             "position": position,
             "token_before": before,
+            "draft": draft,
             "base_token": 1,
             "token": token,
             "weights": {"math": 1.0},
@@ -92,6 +93,14 @@ def test_the_last_line_of_a_position_counts_and_the_next_one_tells_its_token(tmp
         "a": [Token(7, 1, 0.5, {"math": 1.0}), Token(6, 1, 0.5, {"math": 1.0})],
         "b": [Token(3, 1, 0.5, {"math": 1.0})],
     }
+
+
+def test_drafts_of_the_last_step_count_as_far_as_they_are_what_was_chosen(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    first = [line(0, 5, None), line(1, 6, 9, draft=True), line(2, 7, 6, draft=True)]  # 9 was rejected for 5
+    last = [line(1, 4, 5), line(2, 3, 4, draft=True), line(3, 2, 8, draft=True)]  # 4 was right, 8 was not
+    path.write_text("\n".join(first + last))
+    assert [token.token for token in read_trace(str(path))["a"]] == [5, 4, 3]
 
 
 def test_requests_of_one_name_are_kept_apart(tmp_path):

@@ -143,6 +143,19 @@ def test_special_tokens_map_by_role():
     assert pieces_of(make_vocab_map(chat, plain, input="mean"), pad) == [plain.bos_token_id]
 
 
+def test_one_token_of_many_roles_ends_the_text_for_the_end_alone():
+    """GPT-2's manner: one token begins, ends and pads; its logit is the end's."""
+    many = from_words(["hello"], ["<|e|>"], bos_token="<|e|>", eos_token="<|e|>", pad_token="<|e|>", unk_token="<|e|>")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    base = from_words(["hello"], list(names.values()), **names)
+    for method in ("exact", "nearest"):
+        made = make_vocab_map(base, many, method)
+        assert made.columns[base.eos_token_id] == many.eos_token_id
+        for index in (base.bos_token_id, base.pad_token_id, base.unk_token_id):
+            assert made.columns[index] == -1
+            assert pieces_of(made, index) == [many.eos_token_id]  # read as what stands in its place there
+
+
 def test_the_end_of_a_turn_is_its_own_role():
     chat, _ = special_pair()
     other = from_words(["hello"], ["<end_of_turn>", "<eos>", "<bos>"], bos_token="<bos>", eos_token="<eos>")

@@ -4,7 +4,8 @@ One line for each row that the engine samples from: the request's name for it, a
 the output tokens, the token before it, the base's likeliest token, the steered distribution's, the weights, and
 `KL(softmax(steered) ‖ softmax(base))` in nats. Lines are written as the step runs, so of a position that is computed
 again (a prompt in chunks, a rejected draft) the last line counts, and the last positions may lie behind the end of the
-answer (a step that was scheduled before the end was known, drafts). No token of the prompt is written.
+answer (a step that was scheduled before the end was known). `draft` says that the token before was only a guess when
+the line was written. No token of the prompt is written.
 """
 
 from __future__ import annotations
@@ -47,12 +48,16 @@ class TracedRequest(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A traced row of logits; its position is below 0 while the prompt is not done."""
+    """A traced row of logits.
+
+    Its position is below 0 while the prompt is not done. A draft's token before it is a guess, not yet an output.
+    """
 
     row: int
     request: TracedRequest
     position: int
     token_before: int | None
+    draft: bool = False
 
 
 class Trace:
@@ -95,12 +100,13 @@ class Trace:
                 for row, request in found
                 if request is not None
             ]
-        columns = torch.stack([ctx.expanded_idx_mapping.long(), ctx.pos.long(), ctx.input_ids.long()]).tolist()
+        columns = (ctx.expanded_idx_mapping, ctx.pos, ctx.input_ids, ctx.expanded_local_pos)
+        columns = torch.stack([column.long() for column in columns]).tolist()
         rows = []
-        for row, (slot, position, token) in enumerate(zip(*columns, strict=True)):
+        for row, (slot, position, token, place) in enumerate(zip(*columns, strict=True)):
             if slot in self._requests:
                 position += 1 - int(self._prompt_len[slot])
-                rows.append(_Row(row, self._requests[slot], position, token if position > 0 else None))
+                rows.append(_Row(row, self._requests[slot], position, token if position > 0 else None, place > 0))
         return rows
 
     @torch.inference_mode()
@@ -128,7 +134,8 @@ class Trace:
             if row.position >= 0:
                 steering = row.request.steering
                 line: dict[str, Any] = {"trace": steering.trace, "request": row.request.id, "position": row.position}
-                line |= {"token_before": row.token_before, "base_token": base_token, "token": token}
+                line |= {"token_before": row.token_before, "draft": row.draft}
+                line |= {"base_token": base_token, "token": token}
                 line |= {"weights": _weights(row, solved), "kl": max(divergence, 0.0)}
                 lines.append(json.dumps(line) + "\n")
         self._append("".join(lines))

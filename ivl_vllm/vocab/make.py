@@ -71,6 +71,7 @@ def make_vocab_map(
             raise ValueError(f"--corpus {corpus} has no text in it: --method aligned learns from text")
         columns = aligned_columns(base, value, exact, meetings)
     read = _read_all(base, value, exact, columns, input, progress)
+    columns = _without_false_ends(columns, base, value)
     present = [spelling is not None for spelling in base.spellings]
     made = VocabMap(
         columns=columns,
@@ -130,6 +131,20 @@ def _read_all(
             pieces = [max(reversed(pieces), key=lambda piece: len(value.texts[piece] or b""))]
         read.append(pieces)
     return read
+
+
+def _without_false_ends(columns: np.ndarray, base: Vocabulary, value: Vocabulary) -> np.ndarray:
+    """Leaves base tokens alone that end nothing where the value's partner ends the text (GPT-2's is its padding too).
+
+    They are read as that partner all the same.
+    """
+    ends = ("eos", "turn_end")
+    columns = columns.copy()
+    of_value = {value.roles[role] for role in ends if role in value.roles}
+    of_base = {base.roles[role] for role in ends if role in base.roles}
+    false = [index for index in base.specials if index not in of_base and int(columns[index]) in of_value]
+    columns[false] = -1
+    return columns
 
 
 def _own_pieces(index: int, base: Vocabulary, value: Vocabulary, reader: Reader) -> list[int]:
