@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         choices=INPUTS,
-        default="nearest",
+        default="last",
         help="how the value network reads a base token that it has no exact partner for (default: %(default)s)\n"
         "nearest: as the partner from --method, else as the longest piece that its own tokenizer cuts\n"
         "last:    as the last of those pieces\n"

@@ -27,7 +27,7 @@ def make_vocab_map(
     base_tokenizer: PreTrainedTokenizerBase,
     value_tokenizer: PreTrainedTokenizerBase,
     method: str = "nearest",
-    input: str = "nearest",
+    input: str = "last",
     unmapped: str = "keep",
     corpus: str | Path | Iterable[str] | None = None,
     progress: bool = False,
