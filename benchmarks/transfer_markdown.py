@@ -44,10 +44,17 @@ def target_table(target: dict[str, Any], added: dict[str, int], base_parameters:
 
 
 def maps_table(maps: dict[str, Any]) -> str:
-    """The vocabulary maps of X."""
-    rows = [["method, input, unmapped", *TASKS, AVERAGE]]
-    for label, cells in sorted(maps.items(), key=lambda item: -item[1][AVERAGE]["mean"]):
-        rows.append([label, *(f"{cells[task]['mean']:.2f}" for task in TASKS), figure(cells[AVERAGE])])
+    """The vocabulary maps of X; methods that gave the same figures share a row."""
+    methods: dict[tuple[str, ...], list[str]] = {}
+    figures = {}
+    for label, cells in maps.items():
+        method, settings = label.split(", ", 1)
+        shown = (settings, *(f"{cells[task]['mean']:.2f}" for task in TASKS), figure(cells[AVERAGE]))
+        methods.setdefault(shown, []).append(method)
+        figures[shown] = cells[AVERAGE]["mean"]
+    rows = [["input, unmapped", "method", *TASKS, AVERAGE]]
+    for shown in sorted(methods, key=lambda shown: -figures[shown]):
+        rows.append([shown[0], ", ".join(methods[shown]), *shown[1:]])
     return markdown_table(rows)
 
 

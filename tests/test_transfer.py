@@ -103,6 +103,14 @@ def test_no_share_where_fine_tuning_gains_nothing(transfer):
     assert transfer.markdown.figure(found["fine-tuned"].get("share"), percent=True) == "–"
 
 
+def test_maps_with_the_same_figures_share_a_row(transfer):
+    maps = {f"{method}, last, keep": 0.5 for method in ("exact", "nearest")} | {"aligned, last, keep": 0.9}
+    cell = {label: {"mean": mean, "low": mean, "high": mean} for label, mean in maps.items()}
+    tasks = [*transfer.world.TASKS, "average"]
+    lines = transfer.markdown.maps_table({label: dict.fromkeys(tasks, one) for label, one in cell.items()}).split("\n")
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["aligned", "exact, nearest"]
+
+
 def test_exact_match_wants_the_whole_answer_and_its_end(transfer):
     item = next(item for item in transfer.world.World(0).test if item.task == "facts")
     answers = [(item.answer, "stop"), (item.answer, "length"), (f"{item.answer} .", "stop"), ("", "stop")]
