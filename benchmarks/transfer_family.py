@@ -51,7 +51,7 @@ class Scale:
     norm_weights: tuple[float, ...] = (1.0, 4.0, 16.0)
     base_temperatures: tuple[float, ...] = (1.0, 0.35)
     tuning_steps: int = 200
-    tuning_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4)
+    tuning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
     demonstration_batch: int = 32
     test_items: int = 60
     resamples: int = 2000
