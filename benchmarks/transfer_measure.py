@@ -4,7 +4,7 @@ import contextlib
 import gc
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +166,3 @@ def ask(base: Path, rows: list[Row], items: list[Item], settings: dict[str, Any]
 def hits(items: list[Item], answers: list[tuple[str, str]]) -> list[bool]:
     """Exact match: the whole answer and nothing else, ended by the model itself."""
     return [text == item.answer and stop == "stop" for item, (text, stop) in zip(items, answers, strict=True)]
-
-
-def rows_to_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """Rows as plain data."""
-    return [asdict(row) for row in rows]
