@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from ivl_vllm.training.chunked_loss import chunked_loss
+from ivl_vllm.training.chunked_loss import Shape, chunked_loss
 from ivl_vllm.training.frozen_bases import BaseRows
 from ivl_vllm.training.objective import residual_terms, sum_terms
 
@@ -62,7 +62,7 @@ class LossAlone:
         self.weight = (torch.randn(vocabulary, hidden[1], **make) / hidden[1] ** 0.5).requires_grad_()
         base_hidden = torch.randn(tokens, hidden[0], **make).to(self.dtype)
         matrix = (torch.randn(vocabulary, hidden[0], **make) / hidden[0] ** 0.5).to(self.dtype)
-        self.rows = BaseRows((base_hidden,), ((matrix, None),))
+        self.rows = BaseRows((base_hidden,), ((matrix, None, Shape()),))
         self.labels = torch.randint(vocabulary, (tokens,), **make)
 
     def run(self, way: str) -> torch.Tensor:
@@ -73,7 +73,7 @@ class LossAlone:
                 arguments = (self.hidden, self.weight, None, self.rows, self.rows.columns, self.labels)
                 sums = chunked_loss(*arguments, chunk=self.chunk)
             else:
-                (features,), ((matrix, _),) = self.rows.features, self.rows.heads
+                (features,), ((matrix, _, _),) = self.rows.features, self.rows.heads
                 with torch.no_grad():
                     base = functional.linear(features, matrix)
                 terms = residual_terms(base, functional.linear(self.hidden, self.weight), self.labels)
