@@ -18,7 +18,7 @@ demo: setup  ## train a value network on a small model, serve it beside a larger
 test: setup  ## run all tests
 	@$(BIN)/python -m pytest tests
 
-bench: setup  ## throughput against plain vLLM, the limit and every peer (20 minutes)
+bench: setup  ## throughput against plain vLLM, the limit and every peer (long)
 	@$(BIN)/python benchmarks/throughput.py
 
 transfer: setup  ## train a family of small models and measure how far value networks transfer (an hour)

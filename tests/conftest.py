@@ -31,3 +31,11 @@ def models(tmp_path_factory) -> dict[str, Path]:
         # More padded columns than the base.
         "anti": make_model(root / "anti", seed=4, hidden=64, layers=1, vocab_size=VOCAB + 24),
     }
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    """Tokenizers of every kind, by name."""
+    from vocab_kinds import all_kinds
+
+    return all_kinds(tmp_path_factory.mktemp("kinds"))

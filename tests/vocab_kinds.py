@@ -107,3 +107,14 @@ def all_kinds(root: Path) -> dict[str, PreTrainedTokenizerBase]:
         "wordpiece": train_wordpiece(root / "wordpiece"),
         "python": train_sentencepiece(root / "python", "python"),
     }
+
+
+def ids_of(tokenizer, *tokens):
+    """The ids of tokens, by their spelling."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens]
+
+
+def pieces_of(made, index):
+    """The value ids as which a map has a base token read."""
+    return made.pieces[made.piece_starts[index] : made.piece_starts[index + 1]].tolist()
