@@ -20,9 +20,11 @@ test: setup  ## run all tests
 
 bench: setup  ## throughput against plain vLLM, the limit and every peer (long)
 	@$(BIN)/python benchmarks/throughput.py
+	@$(BIN)/python benchmarks/readme.py
 
 transfer: setup  ## train a family of small models and measure how far value networks transfer (an hour)
 	@$(BIN)/python benchmarks/transfer.py
+	@$(BIN)/python benchmarks/readme.py
 
 lint: setup  ## check style and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

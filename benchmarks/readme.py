@@ -1,0 +1,171 @@
+"""Writes the figures of `benchmarks/results/` into README.md, so that none is typed.
+
+python benchmarks/readme.py            write them
+python benchmarks/readme.py --check    exit with 1 if README.md says something else than the results
+
+A block of the README begins with `<!-- figures: NAME -->` and ends with `<!-- end -->`; NAME is a key of `BLOCKS`.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"<!-- figures: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def verdict(met: bool | None) -> str:
+    """How a goal stands."""
+    return "not yet measured" if met is None else "met" if met else "**missed**"
+
+
+def transfer(report: dict[str, Any]) -> str:
+    """Average accuracy of the main ways of answering on every target base, and the goals."""
+    targets = report["targets"]
+    shown = ("base alone", "residual", "cascade", "no norm", "proxy-tuning", "fine-tuned")
+    rows = []
+    for label in shown:
+        cells = [target["rows"].get(label, {}).get("average") for target in targets.values()]
+        rows.append(
+            [label, *(f"{c['mean']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "–" for c in cells)],
+        )
+    goals = [[goal["goal"], goal["measured"], verdict(goal["met"])] for goal in report["goals"]]
+    environment = report["environment"]
+    made = (
+        f"`{report['command']}`: {report['seeds']} seeds, {report['wall_seconds'] / 60:.0f} minutes on "
+        f"{environment['cores']} cores, vLLM {environment['vllm']}."
+    )
+    heading = ["exact match [95 % interval]", *targets]
+    return "\n\n".join([table(heading, rows), table(["goal", "measured", ""], goals), made])
+
+
+def maps(report: dict[str, Any]) -> str:
+    """What a value network of another vocabulary is worth, by how it reads the base's tokens."""
+    by_input: dict[str, list[float]] = {}
+    for label, cells in report["maps_on_X"].items():
+        _, reading, _ = label.split(", ")
+        by_input.setdefault(reading, []).append(cells["average"]["mean"])
+    rows = [[f"`--input {reading}`", f"{min(f):.2f} to {max(f):.2f}"] for reading, f in by_input.items()]
+    return table(["", "exact match on X over the other settings of the map"], rows)
+
+
+def throughput(report: dict[str, Any]) -> str:
+    """Speed against plain vLLM and the limit."""
+    section = report["sections"].get("short") or report["sections"]["serving"]
+    rows = []
+    for case in section["cases"]:
+        if case["name"] in ("plain", "value"):
+            continue
+        phases = [case["phases"][name] for name in ("decode", "prefill")]
+        keys = ("speed_over_plain", "bound_of_speed_over_plain", "share_of_bound")
+        rows.append([case["label"], *(" / ".join(f"{phase[key]:.2f}" for phase in phases) for key in keys)])
+    return (
+        table(["decode / prompts", "speed of plain vLLM", "limit", "share of the limit"], rows) + "\n\n" + run(section)
+    )
+
+
+def peers(report: dict[str, Any]) -> str:
+    """How much faster than every peer."""
+    section = report["sections"]["peers"]
+    plain = next(case for case in section["cases"] if case["name"] == "plain")["output_throughput"]
+    rows = [
+        [
+            case["label"],
+            f"{case['times_faster']:.1f}×",
+            f"{plain / case['output_throughput']:.1f}×",
+            f"≥ {case['goal']:g}×",
+            verdict(case["times_faster"] >= case["goal"]),
+        ]
+        for case in section["cases"]
+        if case.get("goal")
+    ]
+    heading = ["against", "all steered is faster by", "plain vLLM is faster by", "goal", ""]
+    return table(heading, rows) + "\n\n" + run(section)
+
+
+def run(section: dict[str, Any]) -> str:
+    """What a section was measured with."""
+    environment, scale = section["environment"], section["scale"]
+    clock = "CPU time of one thread" if environment["clock"] == "cpu" else f"{environment['threads']} threads"
+    return (
+        f"`{environment['command']}`: {scale['base_parameters'] / 1e6:.0f} M base, "
+        f"{scale['value_parameters'] / 1e6:.0f} M value network, {scale['prompts']} requests, "
+        f"medians of {section['rounds']} rounds, {environment.get('gpu') or environment['cpu']}, {clock}."
+    )
+
+
+def kernels(report: dict[str, Any]) -> str:
+    """The kernels' goals."""
+    rows = []
+    for goal in report["goals"]:
+        measured = "–" if goal["measured"] is None else f"{goal['measured']:.2f}"
+        rows.append([goal["goal"], goal["target"], measured, verdict(goal.get("met"))])
+    return table(["", "goal", "measured", ""], rows) + f"\n\n`{report['environment']['command']}`."
+
+
+def solver(report: dict[str, Any]) -> str:
+    """Solved weights against the grid search."""
+    rows = []
+    for experts in sorted({case["experts"] for case in report["cases"]}):
+        found = [case["times_faster"] for case in report["cases"] if case["experts"] == experts]
+        met = sum(times >= 10 for times in found)
+        rows.append([str(experts), f"{min(found):.1f}× to {max(found):.1f}×", f"{met} of {len(found)}"])
+    heading = ["experts", "faster than a grid search", "cases at the goal of 10×"]
+    return table(heading, rows) + f"\n\n`{report['environment']['command']}`."
+
+
+# Name in the README → file of results and what to make of it.
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "transfer": ("transfer.json", transfer),
+    "maps": ("transfer.json", maps),
+    "throughput": ("throughput-cpu.json", throughput),
+    "peers": ("throughput-cpu.json", peers),
+    "kernels": ("kernels-cpu.json", kernels),
+    "solver": ("fusion-cpu.json", solver),
+}
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """Fill in every block.
+
+    Args:
+        text: The README.
+        results: Folder of the JSON files.
+
+    Raises:
+        KeyError: A block has a name that is not in `BLOCKS`.
+    """
+
+    def written(match: re.Match[str]) -> str:
+        file, write = BLOCKS[match[1]]
+        return f"<!-- figures: {match[1]} -->\n{write(json.loads((results / file).read_text()))}\n<!-- end -->"
+
+    return BLOCK.sub(written, text)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if figures are stale")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    arguments = parser.parse_args()
+    text = arguments.readme.read_text()
+    filled = fill(text)
+    if arguments.check and filled != text:
+        raise SystemExit(f"{arguments.readme}: figures differ from {RESULTS}; run python benchmarks/readme.py")
+    if filled != text:
+        arguments.readme.write_text(filled)
+        print(f"wrote {arguments.readme}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""README.md says what the results say, and names nothing that is not there."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import readme  # noqa: E402
+
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_every_figure_is_that_of_the_results():
+    assert readme.fill(TEXT) == TEXT, "run python benchmarks/readme.py"
+    assert {match[1] for match in readme.BLOCK.finditer(TEXT)} == set(readme.BLOCKS)
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in readme.BLOCKS.values()}))
+def test_other_results_give_another_readme(tmp_path, file):
+    shutil.copytree(readme.RESULTS, tmp_path, dirs_exist_ok=True)
+    changed = json.dumps(json.loads((tmp_path / file).read_text())).replace(".py", ".py --other")
+    (tmp_path / file).write_text(changed)
+    assert readme.fill(TEXT, tmp_path) != TEXT
+
+
+def test_an_unknown_block_is_an_error():
+    with pytest.raises(KeyError, match="nonsense"):
+        readme.fill("<!-- figures: nonsense -->\n<!-- end -->")
+
+
+def test_links_and_named_files_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if not link.startswith("http")]
+    named = re.findall(r"`((?:ivl_vllm|kernels|benchmarks|tests|requirements)/[\w./-]*)`", TEXT)
+    assert links and named
+    for path in [*links, *named]:
+        assert (ROOT / path).exists(), path
