@@ -124,6 +124,25 @@ def test_special_tokens_map_by_role():
     assert pieces_of(make_vocab_map(chat, plain, input="mean"), pad) == [plain.bos_token_id]
 
 
+def test_an_added_token_has_the_same_name_where_only_one_side_calls_it_special():
+    special, plain = (from_words(["hello", "<tool_call>"][:n], ["<e>"], eos_token="<e>") for n in (1, 2))
+    special.add_special_tokens({"additional_special_tokens": ["<tool_call>", "<e2>"]})
+    added = from_words(["hello"], ["<e>"], eos_token="<e>")
+    added.add_tokens(["<tool_call>", "<e2>"])
+    for base, value in ((special, added), (added, special)):
+        made = make_vocab_map(base, value, "exact")
+        for token in ("<tool_call>", "<e2>"):
+            assert made.columns[ids_of(base, token)[0]] == ids_of(value, token)[0]
+    # The same letters as a word of the text are no marker.
+    for base, value in ((special, plain), (plain, special)):
+        assert make_vocab_map(base, value, "nearest").columns[ids_of(base, "<tool_call>")[0]] == -1
+    # Nor does a mere name raise the end of the text.
+    named = from_words(["hello"], ["<f>"], eos_token="<f>")
+    named.add_tokens(["<e>"])
+    made = make_vocab_map(named, added, "exact")
+    assert made.columns[ids_of(named, "<e>")[0]] == -1 and made.columns[named.eos_token_id] == added.eos_token_id
+
+
 def test_one_token_of_many_roles_ends_the_text_for_the_end_alone():
     """GPT-2's manner: one token begins, ends and pads; its logit is the end's."""
     many = from_words(["hello"], ["<|e|>"], bos_token="<|e|>", eos_token="<|e|>", pad_token="<|e|>", unk_token="<|e|>")

@@ -142,7 +142,7 @@ def _without_false_ends(columns: np.ndarray, base: Vocabulary, value: Vocabulary
     columns = columns.copy()
     of_value = {value.roles[role] for role in ends if role in value.roles}
     of_base = {base.roles[role] for role in ends if role in base.roles}
-    false = [index for index in base.specials if index not in of_base and int(columns[index]) in of_value]
+    false = [index for index in np.flatnonzero(np.isin(columns, [*of_value])).tolist() if index not in of_base]
     columns[false] = -1
     return columns
 

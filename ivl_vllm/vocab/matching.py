@@ -42,6 +42,10 @@ def exact_columns(base: Vocabulary, value: Vocabulary) -> np.ndarray:
         if same < 0 and index in base.variants:
             same = value.by_text.get(base.variants[index], -1)
         columns[index] = same
+    for content, index in base.added.items():
+        # "<tool_call>" may be special to one of the two only; the same letters typed as text are not it.
+        if index not in base.specials and columns[index] < 0:
+            columns[index] = value.added.get(content, -1)
     for index in base.specials:
         columns[index] = _special_partner(index, base, value)
     return columns
@@ -56,7 +60,9 @@ def _special_partner(index: int, base: Vocabulary, value: Vocabulary) -> int:
     for role in roles:
         if role in value.roles:
             return value.roles[role]
-    partner = next((i for i, content in value.specials.items() if content == base.specials[index]), -1)
+    partner = next((i for i, content in value.specials.items() if content == base.specials[index]), None)
+    if partner is None:
+        partner = value.added.get(base.specials[index], -1)
     # The same name in another role is another token.
     return -1 if partner in value.roles.values() and roles else partner
 

@@ -65,6 +65,11 @@ class Vocabulary:
                 (fallback if is_fallback else found).setdefault(text, index)
         return {text: index for index, text in self.variants.items()} | fallback | found
 
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """Content -> id of the tokens that were added to the tokenizer's model, special or not."""
+        return {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items()}
+
     @property
     def blank(self) -> int:
         """The id that says least, for want of a better one."""
