@@ -1,11 +1,16 @@
 """Value networks of another vocabulary, through a map: model runner V1, and what is refused at start."""
 
+import numpy as np
 import pytest
 from cascade_models import mark_scheme
 from parity import Reference, assert_parity, engine, mismatches, random_requests, run
+from tiny import make_model
+from vocab_kinds import TEXT, train_wordpiece
 from vocab_map_models import VALUE_VOCAB, make_other, random_map
 
 import ivl_vllm
+from ivl_vllm import cli
+from ivl_vllm.vocab.vocab_map import VocabMap
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,35 @@ def test_mapped_values_beside_a_plain_one(models, other, tmp_path):
     # With the maps exchanged the reference says something else.
     exchanged = {"one": maps["mean"], "mean": maps["one"]}
     assert len(mismatches(Reference(models["base"], maps=exchanged, **folders), requests, outputs)) > 10
+
+
+def test_maps_that_were_made_for_the_tokenizers(models, tmp_path):
+    """`ivl map-vocab` between a byte-level base and a WordPiece value network, with different settings."""
+    value = make_model(tmp_path / "value", "qwen2", seed=23, vocab_size=312, tokenizer=False)
+    train_wordpiece(value)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXT))
+    settings = {"last": ("nearest", "last", "keep"), "mean": ("aligned", "mean", "first")}
+    for name, (method, reading, unmapped) in settings.items():
+        flags = f"--method {method} --input {reading} --unmapped {unmapped} --corpus {corpus}".split()
+        files = [
+            "--base",
+            str(models["base"]),
+            "--value",
+            str(value),
+            "--output",
+            str(tmp_path / f"{name}.safetensors"),
+        ]
+        assert cli.main(["map-vocab", *files, *flags]) == 0
+    maps = {name: VocabMap.load(tmp_path / f"{name}.safetensors") for name in settings}
+    assert any(np.diff(maps["mean"].piece_starts) > 1) and (maps["last"].columns < 0).sum() > 100
+    values = {name: {"model": str(value), "vocab_map": str(tmp_path / f"{name}.safetensors")} for name in settings}
+    with engine(models["base"], **ivl_vllm.engine_args(values=values), max_num_batched_tokens=32) as llm:
+        requests = random_requests(24, seed=67, names=("last", "mean"))
+        outputs = run(llm, requests)
+    assert_parity(Reference(models["base"], maps=maps, last=value, mean=value), requests, outputs)
+    exchanged = {"last": maps["mean"], "mean": maps["last"]}
+    assert mismatches(Reference(models["base"], maps=exchanged, last=value, mean=value), requests, outputs)
 
 
 def test_one_folder_twice_compiled(models, other, tmp_path, monkeypatch):
