@@ -11,6 +11,7 @@ import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from ivl_vllm.serving.graphs import choose_graphs
 from ivl_vllm.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -114,6 +115,11 @@ class Steps:
         used = (self._of_request.get(request, everything) for request in scheduled.num_scheduled_tokens)
         self.needed = frozenset().union(*used)
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether the step in progress leaves some network out."""
+        return self.needed is not None and len(self.needed) < len(self.settings.networks)
+
     def end(self) -> None:
         """The step's forward is over."""
         self.needed = None
@@ -136,6 +142,8 @@ def watch_steps() -> None:
         steps = Steps.of(self.vllm_config)
         if steps is None:
             return execute(self, scheduler_output, *args, **kwargs)
+        if steps.skip:
+            choose_graphs(self.model_runner, steps)
         steps.begin(scheduler_output)
         try:
             return execute(self, scheduler_output, *args, **kwargs)
