@@ -5,13 +5,13 @@ Wiring:      python benchmarks/throughput.py --quick       the same models, a qu
 Curves:      python benchmarks/throughput.py --only curves concurrency, size of the value network, vocabulary, context
 Compiled:    python benchmarks/throughput.py --compile     torch.compile (CUDA graphs on a GPU) beside eager
 Busy CPU:    python benchmarks/throughput.py --threads 1 --clock cpu     CPU time of one thread, +-5 % a round
-On a GPU:    python benchmarks/throughput.py --scale gpu   shapes of Qwen2.5-7B and 0.5B, bf16, vLLM's dummy weights.
-                                                           Has never run: no GPU was at hand.
+On a GPU:    python benchmarks/throughput.py --scale gpu   shapes of Qwen2.5-7B and 0.5B, bf16, vLLM's dummy weights;
+                                                           with drafts too. Has never run: no GPU was at hand.
 
 Requests are sent all at once; cases take turns, round after round, and figures are medians over rounds. Flags and
 fields are those of `vllm bench throughput` and `vllm bench serve`, whose functions compute TTFT, TPOT and ITL. Tokens
 are compared with transformers' before anything is timed. Parts may run one by one: each replaces its own section of the
-JSON file.
+JSON file, and what it has is saved as it goes.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))  # from a checkout, installed or not
 
-PARTS = ("serving", "sweep", "peers", "curves")
+PARTS = ("serving", "speculative", "sweep", "peers", "curves")
 PACKAGES = ("ivl-vllm", "vllm", "torch", "transformers")
 
 
@@ -39,7 +40,7 @@ def environment(threads: int, device: str) -> dict:
     found |= {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found["cpu"] = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), "unknown")
-    found["cores"] = os.cpu_count()
+    found["cores"], found["interpreted"] = os.cpu_count(), os.environ.get("TRITON_INTERPRET") == "1"
     found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device == "cuda":
         import torch
@@ -50,26 +51,27 @@ def environment(threads: int, device: str) -> dict:
 
 def skipped(device: str) -> list[dict[str, str]]:
     """What is not measured, and why."""
-    found = [
-        {
-            "what": "speculative decoding",
-            "why": "vLLM's runner V1 takes no logits processors beside a drafter, and V2 needs Triton, so not on a CPU"
-            if device == "cpu"
-            else "not part of this benchmark yet",
-        }
-    ]
-    if device == "cpu":
-        found.append({"what": "every GPU figure", "why": "no GPU was at hand: --scale gpu has never run"})
-    return found
+    if device == "cuda":
+        return [{"what": "peers", "why": "they need weights in a folder, and here are vLLM's dummy ones"}]
+    drafts = "vLLM's runner V1 takes no logits processors beside a drafter, and V2 needs Triton, so not on a CPU"
+    never = "no GPU was at hand: --scale gpu has never run"
+    return [{"what": "speculative decoding", "why": drafts}, {"what": "every GPU figure", "why": never}]
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("cpu", "gpu", "tiny"), default="cpu", help="models and requests")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=["serving", "sweep", "peers"], help="parts to run")
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        nargs="+",
+        help="parts to run (default: serving, sweep and peers; on a GPU serving and speculative)",
+    )
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests, one round")
-    parser.add_argument("--compile", action="store_true", help="measure plain, none and all compiled, beside eager")
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled: plain, none, all and the value network alone, beside eager"
+    )
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases of the part `serving` (default: all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 3, peers 2)")
     parser.add_argument("--num-prompts", type=int, metavar="N", help="requests, all sent at once")
@@ -91,10 +93,11 @@ def main() -> None:
         "--output-json", type=Path, metavar="FILE", help="default: benchmarks/results/throughput-SCALE.json"
     )
     arguments = parser.parse_args()
+    from throughput_goals import goals
     from throughput_models import SCALES
     from throughput_peers import measure as measure_peers
     from throughput_peers import sweep
-    from throughput_serving import CASES, FEW, Setup, measure
+    from throughput_serving import CASES, FEW, SPECULATIVE, Setup, measure
 
     device = "cuda" if arguments.scale == "gpu" else "cpu"
     scale = SCALES[arguments.scale]
@@ -108,6 +111,11 @@ def main() -> None:
         parser.error(f"--clock cpu adds up the time of {arguments.threads} threads: give --threads 1 with it")
     name = f"throughput-{arguments.scale}{'-quick' if arguments.quick else ''}.json"
     output = arguments.output_json or HERE / "results" / name
+    parts = arguments.only or (["serving", "sweep", "peers"] if scale.random_weights else ["serving", "speculative"])
+    if not scale.random_weights and {"sweep", "peers"} & set(parts):
+        parser.error("peers need weights in a folder, and --scale gpu has vLLM's dummy ones")
+    if "speculative" in parts and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--only speculative needs vLLM's runner V2 and Triton: a GPU")
     # Two 7 B engines fill a GPU of 80 GB.
     wanted = arguments.cases or (
         ["plain", "none", "10 %", "50 %", "all"] if device == "cuda" else [c.name for c in CASES]
@@ -122,17 +130,17 @@ def main() -> None:
 
         profile(setup(), [case for case in cases if case.name in FEW], arguments.profile)
         return
-    not_measured = skipped(device)
 
     def saved() -> dict:
         return json.loads(output.read_text()) if output.exists() else {"sections": {}}
 
     def save(section: str, found: dict) -> None:
-        report = saved() | {"skipped": not_measured}
+        report = saved() | {"skipped": skipped(device)}
         found["environment"] = environment(arguments.threads, device) | {"clock": arguments.clock}
         found["scale"] = asdict(scale) | {"base_parameters": scale.base.parameters}
         found["scale"] |= {"value_parameters": scale.value.parameters, "quick": arguments.quick}
         report["sections"][section] = found
+        report["goals"] = goals(report["sections"])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n")
         from throughput_table import write
@@ -145,25 +153,29 @@ def main() -> None:
     def rounds(default: int) -> int:
         return arguments.rounds or (1 if arguments.quick else default)
 
-    if "serving" in arguments.only:
-        measure(setup(), cases, rounds(3), arguments.seed, say, functools.partial(save, arguments.section or "serving"))
+    def saver(section: str) -> Callable[[dict], None]:
+        return functools.partial(save, section)
+
+    if "serving" in parts:
+        measure(setup(), cases, rounds(3), arguments.seed, say, saver(arguments.section or "serving"))
     if arguments.compile:
-        few = [case for case in CASES if case.name in FEW]
-        measure(setup(compiled=True), few, rounds(3), arguments.seed, say, functools.partial(save, "compiled"))
-    if not scale.random_weights:
-        not_measured.append({"what": "peers", "why": "they need weights in a folder, and here are vLLM's dummy ones"})
-        arguments.only = [part for part in arguments.only if part not in ("sweep", "peers")]
-    if "sweep" in arguments.only:
-        save("sweep", sweep(setup(), arguments.seed, say))
-    if "peers" in arguments.only:
-        if "sweep" not in saved()["sections"]:
-            parser.error("--only peers needs the best batch size: run --only sweep peers")
-        best = saved()["sections"]["sweep"]["best"]
-        measure_peers(setup(), best, rounds(2), arguments.seed, say, functools.partial(save, "peers"))
-    if "curves" in arguments.only:
+        few = [case for case in CASES if case.name in (*FEW, "value")]
+        measure(setup(compiled=True), few, rounds(3), arguments.seed, say, saver("compiled"))
+    if "speculative" in parts:
+        measure(setup(compiled=device == "cuda"), SPECULATIVE, rounds(3), arguments.seed, say, saver("speculative"))
+    if "sweep" in parts:
+        sweep(setup(), arguments.seed, say, saver("sweep"))
+    if "peers" in parts:
+        found = saved()["sections"].get("sweep", {})
+        now = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(scale).items()}
+        if any(found.get("scale", {}).get(key) != value for key, value in now.items()):
+            parser.error("--only peers needs the best batch size for these requests: run --only sweep peers")
+        best = {name: way["best"] for name, way in found["ways"].items()}
+        measure_peers(setup(), best, rounds(2), arguments.seed, say, saver("peers"))
+    if "curves" in parts:
         from throughput_curves import measure as measure_curves
 
-        save("curves", measure_curves(setup(), rounds(2), arguments.seed, say))
+        measure_curves(setup(), rounds(2), arguments.seed, say, saver("curves"))
     print(output.with_suffix(".md").read_text())
     print(f"wrote {output}")
 

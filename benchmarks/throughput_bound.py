@@ -8,6 +8,7 @@ The bound of a steered case counts value networks for the tokens of steered requ
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,37 +65,52 @@ class Load:
         cached: Tokens whose keys and values are read, summed over steps and requests.
     """
 
-    steps: float
-    tokens: float
-    rows: float
+    steps: int
+    tokens: int
+    rows: int
     attended: float
-    cached: float
-
-    def share(self, part: float) -> Load:
-        """The same steps with a part of the requests."""
-        return Load(self.steps, self.tokens * part, self.rows * part, self.attended * part, self.cached * part)
+    cached: int
 
 
-def loads(requests: list[Request], run: Run) -> dict[str, list[Load]]:
+def loads(requests: list[Request], run: Run, chosen: Collection[int] | None = None) -> dict[str, list[Load]]:
     """What decoding asked for in every step of a run, and prompts in all of theirs together.
 
     A step belongs to the prompts while any request is without its first token; the few tokens that are decoded in such
-    steps are counted there.
+    steps are counted there. Drafts that were rejected are not counted.
+
+    Args:
+        requests: Those of the run.
+        run: The run.
+        chosen: The numbers of the requests to count; a step that gave none of them a token counts as no step. All of
+            them by default.
     """
-    prompts = [len(request.prompt) for request in requests]
-    early = [step for step in run.steps if step.prefill]
-    late = [step for step in run.steps if not step.prefill]
-    rows, cached = sum(step.rows for step in early), sum(step.cached for step in early)
-    tokens = sum(prompts) + rows - len(prompts)
-    attended = sum(length * (length + 1) / 2 for length in prompts) + cached - sum(prompts)
-    decode = [Load(1, step.rows, step.rows, step.cached, step.cached) for step in late]
-    return {"prefill": [Load(len(early), tokens, rows, attended, cached)], "decode": decode}
+    chosen = set(range(len(requests)) if chosen is None else chosen)
+    known = [len(request.prompt) for request in requests]
+    prompts = [known[number] for number in chosen]
+    early, late = [], []
+    for step in run.steps:
+        here = {number: count for number, count in step.generated.items() if number in chosen}
+        rows = sum(here.values())
+        attended = sum(count * known[number] + count * (count - 1) / 2 for number, count in here.items())
+        cached = sum(known[number] + count - 1 for number, count in here.items())
+        (early if step.prefill else late).append(Load(int(bool(here)), rows, rows, attended, cached))
+        for number, count in here.items():
+            known[number] += count
+    attended = sum(length * (length + 1) / 2 for length in prompts) - sum(prompts)
+    prefill = Load(
+        sum(load.steps for load in early),
+        sum(prompts) - len(prompts) + sum(load.rows for load in early),
+        sum(load.rows for load in early),
+        attended + sum(load.attended for load in early),
+        sum(load.cached for load in early),
+    )
+    return {"prefill": [prefill], "decode": late}
 
 
 def bound(
     phase: list[Load],
     base: Shape,
-    values: list[tuple[Shape, float]],
+    values: list[tuple[Shape, list[Load]]],
     cascade: bool,
     itemsize: int,
     rates: dict[str, float],
@@ -104,20 +120,20 @@ def bound(
     Args:
         phase: What is asked of the base.
         base: The base model.
-        values: Value networks, each with the share of the tokens that it is needed for.
+        values: Value networks, each with what is asked of it in the same steps: that of the requests that it steers.
         cascade: Whether the value networks read the base's expected next embedding, which takes its logits at every
             token and their product with the embedding matrix.
         itemsize: Bytes of a number.
         rates: What `Rates` measured.
     """
     steps = []
-    for load in phase:
+    for number, load in enumerate(phase):
         flops = base.flops(load.tokens, load.rows, load.attended)
         read = base.bytes_read(load.steps, load.cached, itemsize)
-        for shape, share in values:
-            part = load.share(share)
+        for shape, parts in values:
+            part = parts[number]
             flops += shape.flops(part.tokens, part.rows, part.attended)
-            read += shape.bytes_read(part.steps if share else 0, part.cached, itemsize)
+            read += shape.bytes_read(part.steps, part.cached, itemsize)
             if cascade:
                 flops += 2 * ((part.tokens - part.rows) * base.head_weights + part.tokens * shape.head_weights)
                 read += itemsize * part.steps * shape.head_weights

@@ -62,7 +62,9 @@ def points(scale: Scale) -> list[Point]:
     return found
 
 
-def measure(setup: Setup, rounds: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    setup: Setup, rounds: int, seed: int, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]
+) -> None:
     """Plain vLLM and ours at every point, in turns.
 
     Args:
@@ -70,6 +72,7 @@ def measure(setup: Setup, rounds: int, seed: int, say: Callable[[str], None]) ->
         rounds: At each point, after one that warms up.
         seed: Of the prompts.
         say: Told about the progress.
+        save: Given the report, after every pair of engines.
     """
     chosen = points(setup.scale)
     longest = max(point.context for point in chosen) + OUTPUT_LEN
@@ -89,7 +92,9 @@ def measure(setup: Setup, rounds: int, seed: int, say: Callable[[str], None]) ->
                 found = _measure_point(point, engines, rounds, seed, scale.itemsize, rates)
                 curves[point.curve].append(found)
                 say(f"{point.curve} {point.label}: cost {found['cost']:.3f}, bound {found['cost_bound']:.3f}")
-    return {"rates": rates, "rounds": rounds, "curves": curves, "output_len": OUTPUT_LEN}
+        measured = {name: points for name, points in curves.items() if points}
+        report = {"rates": rates, "rounds": rounds, "curves": measured, "output_len": OUTPUT_LEN}
+        save(report | {"points": sum(map(len, measured.values())), "points_wanted": len(chosen)})
 
 
 def _measure_point(
@@ -109,7 +114,7 @@ def _measure_point(
                 found.append(1000 * statistics.median(steps))
     ratios = [mine / theirs for mine, theirs in zip(steered, plain, strict=True)]
     steps = loads(requests, run)["decode"]
-    limit = bound(steps, point.base, [(point.value, 1.0)], False, itemsize, rates)
+    limit = bound(steps, point.base, [(point.value, steps)], False, itemsize, rates)
     alone = bound(steps, point.base, [], False, itemsize, rates)
     return {
         "label": point.label,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from peers import HFPeers
 from throughput_bound import Rates, bound, loads, phase_seconds
 from throughput_models import Scale, folder
-from throughput_worker import CLOCK, Engine, Request, Run, Worker, serve_metrics, workers
+from throughput_worker import CLOCK, Engine, Request, Run, serve_metrics, workers
 
 # What vLLM's figures are kept of.
 KEPT = ("output_throughput", "total_token_throughput", "request_throughput", "duration")
@@ -28,6 +29,7 @@ class Case:
         ivl: What a steered request asks for.
         share: Of the requests that are steered.
         networks: Value networks that a steered request uses.
+        against: Key of the case that it is compared with.
     """
 
     name: str
@@ -36,13 +38,15 @@ class Case:
     ivl: Any = None
     share: float = 0.0
     networks: int = 1
+    against: str = "plain"
+
+    def steered(self, count: int) -> set[int]:
+        """Which of `count` requests are steered: the share of them, evenly spread."""
+        return {int((number + 0.5) / self.share) for number in range(round(count * self.share))}
 
     def requests(self, requests: list[Request]) -> list[Request]:
-        """The same requests, the steered ones spread evenly over them."""
-        count = len(requests)
-        steered = (
-            {int((number + 0.5) / self.share) for number in range(round(count * self.share))} if self.share else ()
-        )
+        """The same requests, the steered ones marked."""
+        steered = self.steered(len(requests))
         return [Request(r.prompt, r.output_len, self.ivl if n in steered else None) for n, r in enumerate(requests)]
 
 
@@ -58,6 +62,13 @@ CASES = [
     Case("value", "value network alone (plain vLLM)", "value"),
 ]
 FEW = ("plain", "none", "all")
+# With drafts: only vLLM's runner V2 takes logits processors beside a drafter.
+SPECULATIVE = [
+    Case("speculative, plain", "base alone, n-gram drafts", "plain, drafts", against="speculative, plain"),
+    Case("speculative, none", "none steered, n-gram drafts", "ours, drafts", against="speculative, plain"),
+    Case("speculative, all", "all steered, n-gram drafts", "ours, drafts", 1.0, 1.0, against="speculative, plain"),
+]
+DRAFTER = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
 def sample(scale: Scale, count: int, seed: int) -> list[Request]:
@@ -113,6 +124,10 @@ class Setup:
             self.options["load_format"] = "dummy"
         if device == "cpu":
             self.options["block_size"] = 32
+        else:
+            # Of each of the engines that share the GPU. Their KV cache is given above; this is what must be free when
+            # the last one starts.
+            self.options["gpu_memory_utilization"] = 0.3
         self.options |= options
         self.environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -129,7 +144,8 @@ class Setup:
         return Setup(scale, self.threads, self.device, self._compiled, self._more_options, self._cpu_time)
 
     def engine(self, name: str) -> tuple[Callable[..., Any], dict, dict]:
-        """What `workers` starts an engine from."""
+        """What `workers` starts an engine from; with drafts if the name says so."""
+        drafts, name = name.endswith(", drafts"), name.removesuffix(", drafts")
         given = {
             "plain": {"model": self.base},
             "value": {"model": self.value},
@@ -148,10 +164,13 @@ class Setup:
                 },
             },
         }[name]
-        environment = dict(self.environment)
+        environment, options = dict(self.environment), dict(self.options)
         if "values" not in given:
             environment["VLLM_PLUGINS"] = ""  # this project's plugin is not even loaded
-        return Engine, {"options": self.options, **given}, environment
+        if drafts:
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+            options["speculative_config"] = DRAFTER
+        return Engine, {"options": options, **given}, environment
 
     def peers(self) -> tuple[Callable[..., Any], dict, dict]:
         """What `workers` starts the Hugging Face peers from."""
@@ -164,28 +183,6 @@ class Setup:
         with workers({"rates": (Rates, {}, self.environment)}) as started:
             started["rates"].answer()
             return started["rates"].call("measure", self.scale.dtype, self.device)
-
-
-def check(setup: Setup, engines: dict[str, Worker], cases: Iterable[Case], peers: Worker | None) -> dict[str, Any]:
-    """Greedy tokens of every case against the formula, on a few prompts, before anything is timed.
-
-    Raises:
-        RuntimeError: a case gives other tokens.
-    """
-    if peers is None:
-        return {"checked": False, "why": "vLLM's dummy weights exist in no folder that transformers could read"}
-    few = [Request(request.prompt[:24], 8) for request in sample(setup.scale, 4, seed=1)]
-    weights = {"value": None, "two": [1.0, 0.5], "proxy": [1.0, -1.0]}
-    for case in cases:
-        given = case.requests(few) if case.share in (0.0, 1.0) else [Request(r.prompt, r.output_len, 1.0) for r in few]
-        asked = weights.get(case.name, [1.0] if case.share else [])
-        if asked is None:
-            continue
-        expected = peers.call("recomputed", few, asked, case.engine == "cascade")
-        found = engines[case.engine].call("run", given).tokens
-        if found != expected:
-            raise RuntimeError(f"{case.label}: {found} but the formula gives {expected}")
-    return {"checked": True, "prompts": len(few), "tokens": sum(request.output_len for request in few)}
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
@@ -212,6 +209,8 @@ def measure(
         say: Told about the progress.
         save: Given the report, after every round.
     """
+    from throughput_check import check
+
     scale = setup.scale
     rates = setup.rates()
     requests = sample(scale, scale.prompts, seed)
@@ -226,10 +225,11 @@ def measure(
                 checked = check(setup, engines, cases, started["peers"])
         else:
             checked = check(setup, engines, cases, None)
+        say("checked" if checked["checked"] else f"not checked: {checked['why']}")
         for number in range(rounds + 1):
             # The first round warms up, on a few requests.
             some = requests if number else requests[: max(2, len(requests) // 8)]
-            for case in cases:
+            for case in in_turns(cases, number):
                 run = engines[case.engine].call("run", case.requests(some))
                 if number:
                     runs[case.name].append(run)
@@ -241,33 +241,55 @@ def measure(
                 save({"rates": rates, "check": checked, "rounds": number, "cases": found})
 
 
+def in_turns(cases: list, number: int) -> list:
+    """The cases in another order each round: each comes first once before any does again."""
+    shift = number % len(cases)
+    return cases[shift:] + cases[:shift]
+
+
+def median_interval(values: list[float]) -> list[float]:
+    """Where the median lies with a probability of at least 95 %, by order statistics; below 6 values, their range."""
+    values, count, outside = sorted(values), len(values), 0.0
+    for skip in range(count):
+        outside += 2 * math.comb(count, skip) / 2**count
+        if outside > 0.05:
+            break
+    skip = max(0, skip - 1)
+    return [values[skip], values[count - 1 - skip]]
+
+
 def _case_report(
     setup: Setup, case: Case, requests: list[Request], runs: dict[str, list[Run]], rates: dict, memory: dict
 ) -> dict[str, Any]:
-    scale, mine, plain = setup.scale, runs[case.name], runs["plain"]
-    report = {"name": case.name, "label": case.label, "share": case.share, "memory": memory}
+    scale, mine, plain = setup.scale, runs[case.name], runs[case.against]
+    report = {"name": case.name, "label": case.label, "share": case.share, "against": case.against, "memory": memory}
     report |= summary([serve_metrics(requests, run) for run in mine])
-    steered = [request for request in case.requests(requests) if request.ivl is not None]
-    shares = {
-        "prefill": sum(len(request.prompt) for request in steered) / sum(len(request.prompt) for request in requests),
-        "decode": sum(request.output_len for request in steered) / sum(request.output_len for request in requests),
-    }
     base = scale.value if case.name == "value" else scale.base
+    steered = loads(requests, plain[0], case.steered(len(requests)))
     report["phases"] = {}
     for phase, steps in loads(requests, plain[0]).items():
-        values = [(scale.value, shares[phase])] * case.networks
+        values = [(scale.value, steered[phase])] * (case.networks if case.share else 0)
         limit = bound(steps, base, values, case.engine == "cascade", scale.itemsize, rates)
         alone = bound(steps, scale.base, [], False, scale.itemsize, rates)
         seconds = [phase_seconds(run)[phase] for run in mine]
         ratios = [phase_seconds(other)[phase] / own for other, own in zip(plain, seconds, strict=True)]
+        slower = limit["seconds"] / alone["seconds"]
         report["phases"][phase] = {
             "median_seconds": statistics.median(seconds),
+            "seconds_of_rounds": seconds,
             "tokens": sum(load.tokens for load in steps),
+            "tokens_per_request_and_step": _tokens_per_turn(mine, phase),
             "bound": limit,
             "share_of_absolute_bound": limit["seconds"] / statistics.median(seconds),
             "speed_over_plain": statistics.median(ratios),
             "speed_over_plain_spread": [min(ratios), max(ratios)],
-            "bound_of_speed_over_plain": alone["seconds"] / limit["seconds"],
-            "share_of_bound": statistics.median(ratios) * limit["seconds"] / alone["seconds"],
+            "bound_of_speed_over_plain": 1 / slower,
+            "share_of_bound": statistics.median(ratios) * slower,
+            "share_of_bound_interval": [ratio * slower for ratio in median_interval(ratios)],
         }
     return report
+
+
+def _tokens_per_turn(runs: list[Run], phase: str) -> float:
+    turns = [step.generated for run in runs for step in run.steps if step.prefill == (phase == "prefill")]
+    return sum(sum(turn.values()) for turn in turns) / max(1, sum(map(len, turns)))

@@ -17,10 +17,12 @@ LIMIT = ("case", "phase", "seconds", "bound by FLOPs", "bound by bytes", "bound 
 LIMIT += ("share of the bound",)
 LATENCY = ("case", "TTFT ms p50 / p90 / p99", "TPOT ms p50 / p90 / p99", "ITL ms p50 / p90 / p99")
 LATENCY += ("peak memory", "KV-cache tokens that fit")
+GOALS = ("goal", "measured in", "wanted", "measured (interval)", "", "what limits it")
 PEERS = (
     "way",
     "output tokens/s (spread)",
-    "ours is faster by",
+    "ours is faster by (spread)",
+    "plain vLLM is faster by",
     "goal",
     "TTFT ms p50 / p90 / p99",
     "TPOT ms p50 / p90 / p99",
@@ -56,7 +58,8 @@ def serving_tables(section: dict) -> str:
             compared = case["name"] != "value"
             cells.append(f"{found['speed_over_plain']:.3f}" if compared else "–")
             cells.append(f"{found['bound_of_speed_over_plain']:.3f}" if compared else "–")
-            cells.append(f"{found['share_of_bound']:.3f}" if compared else "–")
+            low, high = found["share_of_bound_interval"]
+            cells.append(f"{found['share_of_bound']:.3f} ({low:.3f}–{high:.3f})" if compared else "–")
             limit = found["bound"]
             numbers = (found["median_seconds"], *(limit[f"seconds{by}"] for by in ("_by_flops", "_by_bytes", "")))
             seconds = tuple(f"{number:.2f}" for number in numbers)
@@ -65,16 +68,31 @@ def serving_tables(section: dict) -> str:
         speed.append(tuple(cells))
         fit = f"{case['memory']['kv_cache_tokens']:,}"
         latencies.append((case["label"], *(_percentiles(case, n) for n in ("ttft", "tpot", "itl")), _memory(case), fit))
-    rates = section["rates"]
+    rates, plain = section["rates"], section["cases"][0]["phases"]["decode"]["seconds_of_rounds"]
     return "\n".join(
         [
             rows_of(SPEED, speed),
+            "Ratios are of one round each: the median, with an interval that holds the median with 95 % (below 6 "
+            "rounds: the range). A share above 1 is noise: base alone's own rounds differ by "
+            f"{max(plain) / min(plain) - 1:.0%} in decode. Bounds count value networks in the steps and for the tokens "
+            "of steered requests alone.\n",
             f"Limits: {rates['flops'] / 1e9:,.0f} GFLOP/s (large matrix product), {rates['bytes'] / 1e9:,.1f} GB/s "
             "(matrix times vector), measured in the same run. Seconds of the whole run:\n",
             rows_of(LIMIT, limits),
             rows_of(LATENCY, latencies),
         ]
     )
+
+
+def speculative_tables(section: dict) -> str:
+    """The same, with what drafts brought."""
+    rows = [
+        (case["label"], f"{case['phases']['decode']['tokens_per_request_and_step']:.2f}") for case in section["cases"]
+    ]
+    said = (
+        "Triton ran in its interpreter: seconds say nothing here.\n\n" if section["environment"]["interpreted"] else ""
+    )
+    return said + rows_of(("case", "output tokens per request and decode step"), rows) + "\n" + serving_tables(section)
 
 
 def peers_table(section: dict) -> str:
@@ -84,18 +102,32 @@ def peers_table(section: dict) -> str:
         times, goal = case.get("times_faster"), case.get("goal")
         verdict = "" if goal is None else f"≥ {goal:g}× {'met' if case['met'] else 'MISSED'}"
         latencies = [_percentiles(case, name) for name in ("ttft", "tpot")]
-        few = "" if case["requests"] == section["cases"][0]["requests"] else f", {case['requests']} of the requests"
-        faster = "" if times is None else f"{times:.2f}×"
-        rows.append((case["label"] + few, _throughput(case), faster, verdict, *latencies))
-    return rows_of(PEERS, rows)
+        few = "" if case["requests"] == section["cases"][0]["requests"] else f" ({case['requests']} requests)"
+        faster = plain = ""
+        if times is not None:
+            low, high = case["times_faster_spread"]
+            faster, plain = f"{times:.2f}× ({low:.2f}–{high:.2f})", f"{case['plain_times_faster']:.2f}×"
+        rows.append((case["label"] + few, _throughput(case), faster, plain, verdict, *latencies))
+    sizes = ", ".join(f"{size} for {name}" for name, size in section["batch_sizes"].items())
+    return rows_of(PEERS, rows) + (
+        f"\nStatic batches have the size that was best in the sweep ({sizes}) and are sorted by output length, which a "
+        "server cannot know. Where requests run one by one, a few stand for all: evenly spaced in the order of their "
+        "length; their time is scaled by prompt tokens up to the first token and by output tokens after it. No plugin "
+        "can be expected to be faster than plain vLLM.\n"
+    )
 
 
 def sweep_table(section: dict) -> str:
-    """What batch sizes give."""
-    rows = [(entry["batch_size"], f"{entry['output_throughput']:,.1f}") for entry in section["sizes"]]
-    return rows_of(("batch size", "output tokens/s"), rows) + (
-        "\nBatches are sorted by output length, which a server cannot know.\n"
-    )
+    """What batch sizes give, output tokens per second."""
+    ways = section["ways"].values()
+    rows = []
+    for place, entry in enumerate(max((way["sizes"] for way in ways), key=len)):
+        cells = []
+        for way in ways:
+            rate = f"{way['sizes'][place]['output_throughput']:,.1f}" if place < len(way["sizes"]) else ""
+            cells.append(f"**{rate}** (best)" if entry["batch_size"] == way["best"] else rate)
+        rows.append((entry["batch_size"], *cells))
+    return rows_of(("batch size", *(f"{way['label']}, output tokens/s" for way in ways)), rows)
 
 
 def curves_table(section: dict) -> str:
@@ -108,15 +140,34 @@ def curves_table(section: dict) -> str:
             milliseconds = tuple(f"{point[key]:.2f}" for key in ("plain_ms", "steered_ms"))
             cost = f"{point['cost']:.3f}", f"{point['cost_bound']:.3f}"
             rows.append((name, point["label"], *milliseconds, *cost, f"{point['share_bound_by_flops']:.0%}"))
-    return rows_of(header, rows)
+    done, wanted = section.get("points"), section.get("points_wanted")
+    missing = "" if done == wanted else f"\nInterrupted: {done} of {wanted} points.\n"
+    return rows_of(header, rows) + missing
+
+
+def goals_table(entries: list[dict]) -> str:
+    """Every goal, met or missed, and what limits it."""
+    rows = []
+    for entry in entries:
+        low, high = entry["interval"]
+        times = "×" if entry["wanted"] > 1 else ""
+        digits = 2 if times else 3
+        verdict = "met" if entry["met"] else "MISSED"
+        if not entry["beyond_noise"]:
+            verdict += ", not beyond noise"
+        measured = f"{entry['measured']:.{digits}f}{times} ({low:.{digits}f}–{high:.{digits}f})"
+        where = f"{entry['section']}, {entry['rounds']} rounds"
+        rows.append((entry["goal"], where, f"≥ {entry['wanted']:g}{times}", measured, verdict, entry["limited_by"]))
+    return rows_of(GOALS, rows)
 
 
 TITLES = {
     "serving": ("What steering costs, eager", serving_tables),
     "short": ("The same in many short rounds, for small differences", serving_tables),
     "compiled": ("The same, compiled", serving_tables),
+    "speculative": ("Speculative decoding", speculative_tables),
     "peers": ("Every other way", peers_table),
-    "sweep": ("Batch size of two Hugging Face models", sweep_table),
+    "sweep": ("Batch size of the Hugging Face peers", sweep_table),
     "curves": ("Scaling: cost of one output token", curves_table),
 }
 
@@ -138,7 +189,7 @@ def markdown(report: dict) -> str:
             f"prompts of {scale['input_len'][0]}–{scale['input_len'][1]} and outputs of {scale['output_len'][0]}–"
             f"{scale['output_len'][1]} tokens; medians of {section.get('rounds', 1)} rounds in turns."
             + (
-                " Greedy tokens were compared with the formula's first, all requests steered."
+                " Greedy tokens were compared with the formula's first, mixed batches request by request."
                 if check.get("checked")
                 else ""
             )
@@ -147,6 +198,9 @@ def markdown(report: dict) -> str:
             + "\n"
         )
         parts.append(table(section))
+    if report.get("goals"):
+        parts.append("## Goals\n")
+        parts.append(goals_table(report["goals"]))
     parts.append("## Not measured\n")
     parts.extend(f"* {entry['what']}: {entry['why']}" for entry in report["skipped"])
     return "\n".join(parts) + "\n"

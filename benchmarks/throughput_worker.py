@@ -51,15 +51,18 @@ class Step:
 
     Args:
         seconds: How long it took.
-        rows: Tokens that it generated.
-        cached: Tokens in front of them, summed over the requests.
+        generated: How many tokens each request got: more than one only with drafts.
         prefill: Whether it had, or may have had, prompt tokens to compute.
     """
 
     seconds: float
-    rows: int
-    cached: int
+    generated: dict[int, int]
     prefill: bool
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all requests."""
+        return sum(self.generated.values())
 
 
 @dataclass
@@ -148,7 +151,6 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
-        lengths = [len(request.prompt) for request in requests]
         run = Run(0.0, [[] for _ in requests], [[] for _ in requests])
         start = clock()
         for number, request in enumerate(requests):
@@ -163,7 +165,7 @@ class Engine:
             engine.add_request(str(number), {"prompt_token_ids": request.prompt}, params)
         waiting, last = len(requests), clock()
         while engine.has_unfinished_requests():
-            outputs, before, cached, rows = engine.step(), waiting, 0, 0
+            outputs, before, generated = engine.step(), waiting, {}
             now = clock()
             for output in outputs:
                 number = int(output.request_id)
@@ -171,9 +173,8 @@ class Engine:
                 waiting -= not run.tokens[number]
                 run.tokens[number].extend(tokens)
                 run.times[number].extend([now - start] * len(tokens))
-                rows += len(tokens)
-                cached += lengths[number] + len(run.tokens[number]) - 1
-            run.steps.append(Step(now - last, rows, cached, before > 0))
+                generated[number] = len(tokens)
+            run.steps.append(Step(now - last, generated, before > 0))
             last = now
         run.seconds = clock() - start
         run.check_lengths(requests)
