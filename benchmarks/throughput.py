@@ -70,7 +70,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests, one round")
     parser.add_argument(
-        "--compile", action="store_true", help="compiled: plain, none, all and the value network alone, beside eager"
+        "--compile",
+        action="store_true",
+        help="measure plain, none, all and the value network alone compiled, too; on a GPU every case, without asking",
     )
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases of the part `serving` (default: all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 3, peers 2)")
@@ -158,8 +160,8 @@ def main() -> None:
 
     if "serving" in parts:
         measure(setup(), cases, rounds(3), arguments.seed, say, saver(arguments.section or "serving"))
-    if arguments.compile:
-        few = [case for case in CASES if case.name in (*FEW, "value")]
+    if arguments.compile or (device == "cuda" and "serving" in parts):
+        few = cases if device == "cuda" else [case for case in CASES if case.name in (*FEW, "value")]
         measure(setup(compiled=True), few, rounds(3), arguments.seed, say, saver("compiled"))
     if "speculative" in parts:
         measure(setup(compiled=device == "cuda"), SPECULATIVE, rounds(3), arguments.seed, say, saver("speculative"))

@@ -84,7 +84,7 @@ def measure(
     curves: dict[str, list[dict[str, Any]]] = {point.curve: [] for point in chosen}
     for (base, value), together in by_shapes.items():
         scale = replace(setup.scale, base=base, value=value, prompts=most, input_len=(1, longest), output_len=(1, 1))
-        here = setup.like(replace(scale, kv_bytes=2 * scale.kv_bytes))
+        here = setup.like(scale)
         with workers({name: here.engine(name) for name in ("plain", "ours")}) as engines:
             for engine in engines.values():
                 engine.answer()

@@ -383,9 +383,6 @@ def test_goals_are_judged_beside_their_limits(report, tmp_path):
     assert peer["met"] and not peer["beyond_noise"] and "15.12 times" in peer["limited_by"]
     assert "| ≥ 10× | 13.25× (9.50–14.00) | met, not beyond noise |" in text
     assert "| ≥ 0.98 | 0.970 (0.960–0.975) | MISSED |" in text
-    text = (BENCHMARKS / "results" / "throughput-cpu.json").read_text()
-    report = json.loads(text)
-    assert report["goals"] == json.loads(run_python(GOALS, BENCHMARKS / "results" / "throughput-cpu.json"))[0]
 
 
 def test_an_interrupted_curve_says_so(report):
