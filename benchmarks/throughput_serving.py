@@ -268,8 +268,13 @@ def _case_report(
     steered = loads(requests, plain[0], case.steered(len(requests)))
     report["phases"] = {}
     for phase, steps in loads(requests, plain[0]).items():
-        values = [(scale.value, steered[phase])] * (case.networks if case.share else 0)
-        limit = bound(steps, base, values, case.engine == "cascade", scale.itemsize, rates)
+        networks = case.networks if case.share else 0
+        # A step runs a value network for all of its tokens or for none of them.
+        whole = [load if part.steps else part for load, part in zip(steps, steered[phase], strict=True)]
+        limit, lock_step = (
+            bound(steps, base, [(scale.value, asked)] * networks, case.engine == "cascade", scale.itemsize, rates)
+            for asked in (steered[phase], whole)
+        )
         alone = bound(steps, scale.base, [], False, scale.itemsize, rates)
         seconds = [phase_seconds(run)[phase] for run in mine]
         ratios = [phase_seconds(other)[phase] / own for other, own in zip(plain, seconds, strict=True)]
@@ -284,6 +289,7 @@ def _case_report(
             "speed_over_plain": statistics.median(ratios),
             "speed_over_plain_spread": [min(ratios), max(ratios)],
             "bound_of_speed_over_plain": 1 / slower,
+            "bound_in_lock_step": alone["seconds"] / lock_step["seconds"],
             "share_of_bound": statistics.median(ratios) * slower,
             "share_of_bound_interval": [ratio * slower for ratio in median_interval(ratios)],
         }

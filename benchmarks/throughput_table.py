@@ -57,7 +57,9 @@ def serving_tables(section: dict) -> str:
         for phase, found in (("decode", case["phases"]["decode"]), ("prompts", case["phases"]["prefill"])):
             compared = case["name"] != "value"
             cells.append(f"{found['speed_over_plain']:.3f}" if compared else "–")
-            cells.append(f"{found['bound_of_speed_over_plain']:.3f}" if compared else "–")
+            highest, lock_step = found["bound_of_speed_over_plain"], found["bound_in_lock_step"]
+            tighter = f" ({lock_step:.3f} in lock-step)" if lock_step < highest - 1e-6 else ""
+            cells.append(f"{highest:.3f}{tighter}" if compared else "–")
             low, high = found["share_of_bound_interval"]
             cells.append(f"{found['share_of_bound']:.3f} ({low:.3f}–{high:.3f})" if compared else "–")
             limit = found["bound"]
@@ -75,7 +77,7 @@ def serving_tables(section: dict) -> str:
             "Ratios are of one round each: the median, with an interval that holds the median with 95 % (below 6 "
             "rounds: the range). A share above 1 is noise: base alone's own rounds differ by "
             f"{max(plain) / min(plain) - 1:.0%} in decode. Bounds count value networks in the steps and for the tokens "
-            "of steered requests alone.\n",
+            "of steered requests alone; in lock-step a value network reads every token of a step with a steered one.\n",
             f"Limits: {rates['flops'] / 1e9:,.0f} GFLOP/s (large matrix product), {rates['bytes'] / 1e9:,.1f} GB/s "
             "(matrix times vector), measured in the same run. Seconds of the whole run:\n",
             rows_of(LIMIT, limits),

@@ -290,6 +290,7 @@ def report() -> dict:
     limit["share_bound_by_flops"] = 0.75
     phase = {"median_seconds": 10.0, "bound": limit, "share_of_absolute_bound": 0.8, "speed_over_plain": 0.876}
     phase |= {"bound_of_speed_over_plain": 0.885, "share_of_bound": 0.99, "share_of_bound_interval": [0.985, 1.01]}
+    phase |= {"bound_in_lock_step": 0.875}
     phase |= {"seconds_of_rounds": [10.0, 10.0, 11.0], "tokens_per_request_and_step": 1.75}
     phases = {"prefill": phase, "decode": phase}
     scale = {"base_parameters": 125e6, "value_parameters": 21e6, "dtype": "float32", "prompts": 64, "quick": False}
@@ -339,7 +340,12 @@ def test_tables_and_pictures_come_from_the_json(report, tmp_path):
         assert expected in text
     assert "(4 requests)" in text and "a thing: a reason" in text and "1.090" in text and "15.12×" in text
     assert "| 8 | 55.5 | **55.5** (best) |" in text and "| 16 | **66.5** (best) |  |" in text
-    assert "0.990 (0.985–1.010)" in text and "rounds differ by 10%" in text and "Interrupted" not in text
+    assert (
+        "0.885 (0.875 in lock-step)" in text
+        and "0.990 (0.985–1.010)" in text
+        and "rounds differ by 10%" in text
+        and "Interrupted" not in text
+    )
     assert "QUICK" not in text
     for name in ("throughput-x.png", "throughput-x-curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
