@@ -52,8 +52,8 @@ def main() -> None:
     from transfer_markdown import render
     from transfer_plot import draw
     from transfer_report import build
-    from transfer_run import elapsed, folder_names, run_all
-    from transfer_stages import ENGINES, plan
+    from transfer_run import elapsed, run_all
+    from transfer_stages import ENGINES, folder_names, plan
 
     start = time.perf_counter()
     scale_name = "quick" if arguments.quick else arguments.scale

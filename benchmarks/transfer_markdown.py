@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transfer_measure import BASE_ALONE, TUNED
+from transfer_rows import ALL, BASE_ALONE, LIMITS, PROXY, RIGHT, TUNED, WEIGHTS
 from transfer_table import AVERAGE, SHARE
 from transfer_world import NEWS, TASKS
 
@@ -69,15 +69,90 @@ def sweep_table(targets: dict[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def settings_table(chosen: dict[str, Any]) -> str:
-    """The settings of value training that were tried, and the one that was taken."""
-    rows = [["λ", "temperature of S", "beside M", "beside S", "cross-entropy beside M", ""]]
-    for one in chosen["tried"]:
-        norm, temperature = one["setting"]["norm_weight"], one["setting"]["base_temperature"]
-        taken = "taken" if one["setting"] == chosen["setting"] else ""
-        shares = (f"{one[name]:.2f}" for name in ("accuracy", "accuracy_beside_S", "loss"))
-        rows.append([f"{norm:g}", f"{temperature:g}", *shares, taken])
+def limits_table(targets: dict[str, Any], chosen: dict[str, float]) -> str:
+    """Average accuracy within trust regions of several sizes; the one that was chosen on validation is bold."""
+    rows = [["", "target", *(f"{nats:g} nats" for nats in LIMITS), "no limit"]]
+    for base, target in targets.items():
+        for label, cells in target["limits"].items():
+            means = {nats: f"{found[AVERAGE]['mean']:.2f}" for nats, found in cells.items()}
+            means[f"{chosen[label]:g}"] = f"**{means[f'{chosen[label]:g}']}**"
+            rows.append([label, base, *means.values()])
     return markdown_table(rows)
+
+
+def several_table(rows_of_base: dict[str, Any], targets: dict[str, Any], base: str, parameters: int) -> str:
+    """One target base that is asked through experts of one task each."""
+    tasks = [*TASKS, *([NEWS] if base == "L2" else [])]
+    rows = [["experts", *tasks, AVERAGE, "share of gap", "added per token"]]
+    known = {label: targets[base]["rows"][label] for label in (BASE_ALONE, TUNED)}
+    for label, cells in {**known, **rows_of_base}.items():
+        added = f"{cells['added_parameters'] / parameters:.0%}" if "added_parameters" in cells else "–"
+        share = "–" if label in known else figure(cells.get(SHARE), percent=True)
+        rows.append([label, *(f"{cells[task]['mean']:.2f}" for task in tasks), figure(cells[AVERAGE]), share, added])
+    return markdown_table(rows)
+
+
+def settings_table(chosen: dict[str, Any]) -> str:
+    """What each variant of value network was trained with."""
+    rows = [
+        ["", "temperature of S", "λ", "steps", "tried", "cross-entropy beside M", "exact match beside M, S", "edge"]
+    ]
+    for variant, found in chosen.items():
+        setting = found["setting"]
+        best = next(one for one in found["tried"] if one["setting"] == setting)
+        rows.append(
+            [
+                variant,
+                *(f"{setting[name]:g}" for name in ("base_temperature", "norm_weight", "max_steps")),
+                str(len(found["tried"])),
+                f"{best['loss']:.3f}",
+                f"{best['accuracy']:.2f}, {best['beside_S']['accuracy']:.2f}",
+                ", ".join(found["edges"]) or "–",
+            ]
+        )
+    return markdown_table(rows)
+
+
+def tried_table(found: dict[str, Any]) -> str:
+    """All settings that one variant tried, in their order."""
+    rows = [["temperature of S", "λ", "steps", "cross-entropy beside M, S", "exact match beside M, S", ""]]
+    for one in found["tried"]:
+        numbers = [f"{one['setting'][name]:g}" for name in ("base_temperature", "norm_weight", "max_steps")]
+        beside = [f"{one[name]:.3f}, {one['beside_S'][name]:.3f}" for name in ("loss", "accuracy")]
+        rows.append([*numbers, *beside, "taken" if one["setting"] == found["setting"] else ""])
+    return markdown_table(rows)
+
+
+def expert_table(found: dict[str, Any]) -> str:
+    """Proxy-tuning beside M: learning rate of the expert and weight; the taken one is bold."""
+    rows = [["learning rate", *(f"weight {weight:g}" for weight in WEIGHTS)]]
+    for rate in dict.fromkeys(one["setting"]["learning_rate"] for one in found["tried"]):
+        row = [one for one in found["tried"] if one["setting"]["learning_rate"] == rate]
+        cells = [f"{one['accuracy']:.2f}" for one in row]
+        rows.append(
+            [
+                f"{rate:g}",
+                *(
+                    f"**{text}**" if one["setting"] == found["setting"] else text
+                    for one, text in zip(row, cells, strict=True)
+                ),
+            ]
+        )
+    return markdown_table(rows) + f"\n\nOn the edge of what was tried: {', '.join(found['edges']) or 'nothing'}."
+
+
+def rates_table(tuned: dict[str, list[dict[str, Any]]]) -> str:
+    """The learning rate of each fine-tuned base on each seed."""
+    seeds = len(next(iter(tuned.values())))
+    rows = [["base", *(f"seed {seed}" for seed in range(seeds))]]
+    for base, found in tuned.items():
+        rows.append([base, *(f"{one['learning_rate']:g}{' (**edge**)' if one['edge'] else ''}" for one in found)])
+    return markdown_table(rows)
+
+
+def verdict(goal: dict[str, Any]) -> str:
+    """Whether a goal was met, and surely."""
+    return ("met" if goal["sure"] else "met, not by the lower bound") if goal["met"] else "**missed**"
 
 
 def render(report: dict[str, Any]) -> str:
@@ -93,9 +168,14 @@ def render(report: dict[str, Any]) -> str:
         "\n".join(f"* {note}" for note in report["notes"]),
         "## Goals",
         markdown_table(
-            [["goal", "measured", ""]]
-            + [[goal["goal"], goal["measured"], "met" if goal["met"] else "**missed**"] for goal in report["goals"]]
+            [["goal", "measured", "lower bound of the difference", ""]]
+            + [
+                [goal["goal"], goal["measured"], ", ".join(f"{low:+.3f}" for low in goal["low"]), verdict(goal)]
+                for goal in report["goals"]
+            ]
         ),
+        "Lower bounds: of residual minus that part of fine-tuning (98 %: task by task), or minus proxy-tuning; "
+        "the 2.5th percentile, both on the same draws.",
     ]
     for base, target in report["targets"].items():
         about = report["bases"][base]
@@ -104,12 +184,30 @@ def render(report: dict[str, Any]) -> str:
             f"{about['parameters']:,} parameters, {about['tokenizer']} tokenizer of {about['vocabulary']}.",
             target_table(target, report["added_parameters"], about["parameters"], with_news=base == "L2"),
         ]
-    chosen = report["chosen_on_validation_of_seed_0"]
+    chosen = report["chosen_on_validation"]
+    weights, limits = chosen["weights"]["weights"], chosen["weights"]["limits"]
     parts += [
-        "## λ and temperature in training the value network (exact match on the validation split of seed 0)",
+        "## Several experts at once",
+        "One expert for each task: S fine-tuned on its demonstrations alone, minus S. All four serve every item; or "
+        "the right one of each item's task; or all but that one, so that each column is a task that no expert learnt. "
+        f"By validation: weight {weights[ALL]:g} of all four (and of three), {weights[RIGHT]:g} of the right one; "
+        f"max_kl {limits[ALL]:g} and {limits[RIGHT]:g} at weight 1.",
+    ]
+    for base, rows in report["several_experts"].items():
+        parts += [f"### {base}", several_table(rows, report["targets"], base, report["bases"][base]["parameters"])]
+    parts += [
+        "## Settings of the value networks (validation splits, beside M)",
         settings_table(chosen["value_training"]),
+        "All that the residual network tried:",
+        tried_table(chosen["value_training"]["residual"]),
+        "## Learning rates of the fine-tuned bases",
+        rates_table(report["fine_tuning"]),
+        f"## {PROXY.capitalize()} on the validation splits, beside M (exact match)",
+        expert_table(chosen["proxy_tuning"]),
         "## Weight of the residual value network (average accuracy)",
         sweep_table(report["targets"]),
+        "## Trust region at weight 1 (average accuracy; bold: chosen on validation)",
+        limits_table(report["targets"], limits),
         "## Vocabulary maps on X (residual value network)",
         f"Taken, by the validation split of seed 0: {chosen['vocabulary_map']['map']}.",
         maps_table(report["maps_on_X"]),

@@ -1,4 +1,4 @@
-"""Draws the transfer benchmark's JSON: accuracy by target and method, and the sweep of the weight."""
+"""Draws the transfer benchmark's JSON: accuracy by target and method, the sweep of the weight, several experts."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,10 @@ import matplotlib
 
 matplotlib.use("Agg")  # needs no display
 import matplotlib.pyplot as plt
-from transfer_measure import BASE_ALONE, PROXY, RESIDUAL, TUNED, VALUE_ALONE
+from transfer_rows import BASE_ALONE, PROXY_BEST, RESIDUAL, TUNED, VALUE_ALONE
 from transfer_table import AVERAGE
 
-METHODS = (BASE_ALONE, VALUE_ALONE, PROXY, "cascade", "cascade+text", "no norm", RESIDUAL, TUNED)
+METHODS = (BASE_ALONE, VALUE_ALONE, PROXY_BEST, "cascade", "cascade+text", "no norm", RESIDUAL, TUNED)
 SHORT = {
     "S": "trained beside it",
     "M": "larger",
@@ -29,9 +29,28 @@ def errors(cells: list[dict[str, Any]]) -> list[list[float]]:
     ]
 
 
+def draw_several(targets: dict[str, Any], axes: Any) -> None:
+    """Experts of one task each, one bar for each way of asking them and each base."""
+    width = 0.85 / len(targets)
+    labels = list(next(iter(targets.values())))
+    for index, (base, rows) in enumerate(targets.items()):
+        cells = [rows[label][AVERAGE] for label in labels]
+        places = [number + (index - (len(targets) - 1) / 2) * width for number in range(len(labels))]
+        axes.barh(places, [cell["mean"] for cell in cells], width, xerr=errors(cells), label=base, error_kw={"lw": 0.8})
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.05)
+    axes.set_xlabel("experts of one task each: average of tasks")
+    axes.legend(fontsize=8, title="target", loc="lower right")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Write the plot."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4), width_ratios=(2.4, 1), layout="constrained")
+    figure, (left, right, several) = plt.subplots(
+        1, 3, figsize=(17, 4.8), width_ratios=(2.4, 1, 1), layout="constrained"
+    )
     bases = list(report["targets"])
     width = 0.85 / len(METHODS)
     for index, (method, colour) in enumerate(zip(METHODS, COLOURS, strict=True)):
@@ -56,6 +75,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     right.set_xlabel("weight of the residual value network")
     right.set_ylim(0, 1.05)
     right.legend(fontsize=8, title="target", loc="lower right")
+    draw_several(report["several_experts"], several)
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -4,8 +4,6 @@ Every stage has a folder whose name holds a hash of its settings, of the stages 
 it. A finished stage leaves `stage.json` there and is never run again while the hash stays the same.
 """
 
-import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -14,39 +12,13 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
 from transfer_family import Scale
-from transfer_stages import ENGINES, RESULT, SOURCES, Stage, read_result, run_stage
-
-# Which fields of the scale a kind of stage depends on, beside its base's recipe.
-SETTINGS = {
-    "base": ("head",),
-    "value": ("value_steps", "value_rate", "demonstration_batch"),
-    "setting": (),
-    "tuned": ("tuning_steps", "tuning_rates", "demonstration_batch"),
-    "maps": (),
-    "map": ("engine",),
-    "answers": ("engine", "test_items"),
-}
-
-
-def folder_names(stages: list[Stage], scale: Scale, scale_name: str) -> dict[str, str]:
-    """Stage → its folder's name; the hash covers all that went into it."""
-    names: dict[str, str] = {}
-    for stage in stages:
-        common = {name: value for name, value in asdict(scale).items() if name in SETTINGS[stage.kind]}
-        if stage.kind == "base":
-            common["recipe"] = asdict(scale.bases[stage.which])
-        code = [part.read_text() if isinstance(part, Path) else inspect.getsource(part) for part in SOURCES[stage.kind]]
-        parts = [stage.name, stage.settings, [names[need] for need in stage.needs], common, code]
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
-        readable = "".join(c if c.isalnum() else "-" for c in stage.name)
-        names[stage.name] = f"{scale_name}-{readable}-{key}"
-    return names
+from transfer_stages import ENGINES, RESULT, Stage, read_result
+from transfer_work import run_stage
 
 
 def work(stage: Stage, scale: Scale, folders: dict[str, Path], log: Path) -> None:

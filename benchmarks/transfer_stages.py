@@ -1,35 +1,60 @@
-"""The stages of the transfer benchmark: what each makes, and out of what."""
+"""The stages of the transfer benchmark: what each is made out of, other stages, settings and code."""
 
-import itertools
+import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import transfer_family
-import transfer_measure
-import transfer_training
-import transfer_world
 from transfer_family import BASES, SMALL, Scale
-from transfer_measure import RESIDUAL, TUNED, VALUE_ALONE, Row
+from transfer_rows import PROXY, RESIDUAL, TUNED, VALUE_ALONE
 from transfer_training import VARIANTS
-
-import ivl_vllm.demo
+from transfer_world import TASKS
 
 RESULT = "stage.json"
-# Read, not imported: these modules import torch and trl, which the process that only starts others does without.
-_DEMO = Path(ivl_vllm.demo.__file__).parent
-# The code that a stage's result depends on, beside its settings.
-SOURCES = {
-    "base": (transfer_world, transfer_family.make_base, _DEMO / "family.py"),
-    "value": (transfer_training.train_value, transfer_training.write_data),
-    "setting": (transfer_training.fit,),
-    "tuned": (transfer_training.tune, _DEMO / "finetune.py"),
-    "maps": (transfer_measure.make_maps,),
-    "map": (transfer_measure.map_rows, transfer_measure.ask),
-    "answers": (transfer_measure.rows_of, transfer_measure.map_rows, transfer_measure.ask),
+ROOT = Path(__file__).parent.parent
+ENGINES = ("map", "choice", "answers", "joint")
+EVERYTHING = "all"  # the expert of all tasks
+# Targets that are asked through several experts: larger bases of S's vocabulary.
+JOINT = ("L", "L2")
+
+_WORLD = ("benchmarks/transfer_world.py", "ivl_vllm/demo/world.py")
+_TRAINING = (*_WORLD, "benchmarks/transfer_training.py", "benchmarks/transfer_search.py", "ivl_vllm/training")
+_TUNING = (*_TRAINING, "ivl_vllm/demo/finetune.py")
+_PACKAGE = ("ivl_vllm/steering.py", "ivl_vllm/settings.py", "ivl_vllm/plugin.py", "ivl_vllm/serving")
+_ASKING = (
+    *_WORLD,
+    *(f"benchmarks/transfer_{name}.py" for name in ("rows", "measure", "work")),
+    *_PACKAGE,
+    "ivl_vllm/training/ivl_config.py",
+    "ivl_vllm/vocab",
+    "kernels",
+)
+# Files and folders, from the root, whose code a stage's result depends on.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "base": (*_WORLD, "benchmarks/transfer_pretrain.py", "ivl_vllm/demo/family.py"),
+    "search": (*_TUNING, "benchmarks/transfer_choice.py", "benchmarks/transfer_rows.py"),
+    "value": _TRAINING,
+    "tuned": _TUNING,
+    "expert": _TUNING,
+    "maps": (*_WORLD, "benchmarks/transfer_measure.py", "ivl_vllm/vocab"),
+    **dict.fromkeys(ENGINES, _ASKING),
 }
-ENGINES = ("map", "answers")
+_FITTING = ("patience", "demonstration_batch")
+# Fields of the scale, beside its base's recipe.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "base": ("head",),
+    "search": ("value_rate", "value_grid", "value_start", "expert_rates", "tuning_steps", *_FITTING),
+    "value": ("value_rate", *_FITTING),
+    "tuned": ("tuning_steps", "tuning_rates", *_FITTING),
+    "expert": ("tuning_steps", *_FITTING),
+    "maps": (),
+    "map": ("engine",),
+    "choice": ("engine",),
+    "answers": ("engine", "test_items"),
+    "joint": ("engine", "test_items"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +64,10 @@ class Stage:
     Attributes:
         name: Such as `0/value/residual`: seed, kind, which.
         needs: Names of the stages whose folders it reads.
-        settings: All else that its result depends on, plain data.
     """
 
     name: str
     needs: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -63,136 +86,71 @@ class Stage:
 
 
 def plan(seeds: int, scale: Scale) -> list[Stage]:
-    """All stages of a run, each after those that it needs; seed 0, which chooses for all, comes first."""
+    """All stages of a run, each after those that it needs; the seeds that choose for all come first."""
     stages: list[Stage] = []
 
-    def add(name: str, *needs: str, **settings: Any) -> str:
-        stages.append(Stage(name, needs, settings))
+    def add(name: str, *needs: str) -> str:
+        stages.append(Stage(name, needs))
         return name
 
-    variants = list(VARIANTS)
+    first = [add(f"{seed}/base/{name}") for seed in range(min(seeds, scale.search_seeds)) for name in ("S", "M")]
+    for which in (*VARIANTS, PROXY):
+        add(f"0/search/{which}", *first)
     for seed in range(seeds):
         for base in BASES:
-            add(f"{seed}/base/{base}", *([f"{seed}/base/L"] if base == "L2" else []))
-            if seed == 0 and base == "M":
-                tried = [
-                    add(
-                        f"0/value/norm {norm:g} temperature {temperature:g}",
-                        "0/base/S",
-                        "0/base/M",
-                        setting={"norm_weight": norm, "base_temperature": temperature},
-                        flags=VARIANTS[RESIDUAL],
-                    )
-                    for norm, temperature in itertools.product(scale.norm_weights, scale.base_temperatures)
-                ]
-                add("0/setting/chosen", *tried, "0/base/M")
+            if f"{seed}/base/{base}" not in first:
+                add(f"{seed}/base/{base}", *([f"{seed}/base/L"] if base == "L2" else []))
         bases = [f"{seed}/base/{name}" for name in ("S", "M")]
-        for variant, flags in VARIANTS.items():
-            add(f"{seed}/value/{variant}", *bases, "0/setting/chosen", flags=flags)
+        for variant in VARIANTS:
+            add(f"{seed}/value/{variant}", *bases, f"0/search/{variant}")
+        for which in (EVERYTHING, *TASKS):
+            add(f"{seed}/expert/{which}", bases[0], f"0/search/{PROXY}")
         for base in BASES:
             add(f"{seed}/tuned/{base}", f"{seed}/base/{base}")
     for seed in range(seeds):
-        values = [f"{seed}/value/{variant}" for variant in variants]
-        small = (f"{seed}/base/{SMALL}", f"{seed}/tuned/{SMALL}")
-        maps = add(f"{seed}/maps/X", f"{seed}/base/X", small[0])
+        values = [f"{seed}/value/{variant}" for variant in VARIANTS]
+        small = f"{seed}/base/{SMALL}"
+        expert, *experts = [f"{seed}/expert/{which}" for which in (EVERYTHING, *TASKS)]
         if seed == 0:
-            add("0/map/chosen", "0/base/X", "0/value/residual", maps)
+            add("0/choice/weights", "0/base/M", f"0/value/{RESIDUAL}", small, expert, *experts)
+        maps = add(f"{seed}/maps/X", f"{seed}/base/X", small)
+        if seed == 0:
+            add("0/map/chosen", "0/base/X", f"0/value/{RESIDUAL}", maps)
         for base in BASES:
             mapped = (maps, "0/map/chosen") if base == "X" else ()
-            add(f"{seed}/answers/{base}", f"{seed}/base/{base}", *values, *small, *mapped)
+            add(f"{seed}/answers/{base}", f"{seed}/base/{base}", *values, small, expert, f"0/search/{PROXY}", *mapped)
             add(f"{seed}/answers/{base} {TUNED}", f"{seed}/tuned/{base}")
+        for base in JOINT:
+            add(f"{seed}/joint/{base}", f"{seed}/base/{base}", small, *experts, "0/choice/weights")
         add(f"{seed}/answers/{VALUE_ALONE}", f"{seed}/value/{RESIDUAL}")
-        add(f"{seed}/answers/{VALUE_ALONE} (proxy)", small[1])
+        add(f"{seed}/answers/{VALUE_ALONE} (proxy)", expert)
     return stages
 
 
-def run_stage(stage: Stage, scale: Scale, folders: dict[str, Path], output: Path) -> dict[str, Any]:
-    """Do one stage's work.
-
-    Args:
-        stage: Which.
-        scale: Sizes and steps.
-        folders: Folders of all finished stages, by name.
-        output: The stage's own folder, not there yet.
-
-    Returns:
-        What `stage.json` holds.
-    """
-    seed, which = stage.seed, stage.which
-    if stage.kind == "base":
-        older = folders[f"{seed}/base/L"] if which == "L2" else None
-        return transfer_family.make_base(seed, which, scale.bases[which], scale.head, older, output)
-    if stage.kind == "value":
-        bases = {name: folders[f"{seed}/base/{name}"] for name in ("S", "M")}
-        setting = stage.settings.get("setting") or read_result(folders["0/setting/chosen"])["setting"]
-        return transfer_training.train_value(seed, stage.settings["flags"], scale, setting, bases, output)
-    if stage.kind == "setting":
-        return choose_setting(stage, folders)
-    if stage.kind == "tuned":
-        return transfer_training.tune(seed, folders[f"{seed}/base/{which}"], scale, output)
-    if stage.kind == "maps":
-        maps = transfer_measure.make_maps(*(folders[name] for name in stage.needs), seed, output)
-        return {"maps": {label: path.name for label, path in maps.items()}}
-    if stage.kind == "map":
-        return choose_map(stage, scale, folders)
-    return answer(stage, scale, folders)
+def fingerprint(sources: tuple[str, ...], root: Path) -> str:
+    """Hash of the code in files and folders, names and contents."""
+    code = hashlib.sha256()
+    for source in sorted(set(sources)):
+        path = root / source
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            code.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return code.hexdigest()
 
 
-def choose_setting(stage: Stage, folders: dict[str, Path]) -> dict[str, Any]:
-    """λ and the temperature of S, by how a value network does on the validation split beside M.
-
-    Beside S itself the least norm always fits best; what is wanted is a value network that fits a base it never saw.
-    """
-    base = folders[stage.needs[-1]]
-    tried = []
-    for name in stage.needs[:-1]:
-        accuracy, loss = transfer_training.fit(stage.seed, folders[name], base)
-        with_small, _ = transfer_training.fit(stage.seed, folders[name], folders[f"{stage.seed}/base/{SMALL}"])
-        setting = read_result(folders[name])["setting"]
-        tried.append({"setting": setting, "accuracy": accuracy, "loss": loss, "accuracy_beside_S": with_small})
-    best = max(tried, key=lambda one: (one["accuracy"], -one["loss"]))
-    return {"setting": best["setting"], "tried": tried}
-
-
-def read_maps(folder: Path) -> dict[str, Path]:
-    """Label → file of the vocabulary maps in a stage's folder."""
-    return {label: folder / name for label, name in read_result(folder)["maps"].items()}
-
-
-def choose_map(stage: Stage, scale: Scale, folders: dict[str, Path]) -> dict[str, Any]:
-    """Ask the validation split of seed 0 through every map; the best is taken for all seeds and variants."""
-    base, value, maps = (folders[name] for name in stage.needs)
-    items = transfer_world.World(0).validation
-    rows = transfer_measure.map_rows(read_maps(maps), value)
-    answers = transfer_measure.ask(base, rows, items, scale.engine)
-    shares = {label: sum(transfer_measure.hits(items, given)) / len(items) for label, given in answers.items()}
-    return {"map": max(shares, key=shares.__getitem__), "validation_accuracy": shares}
-
-
-def answer(stage: Stage, scale: Scale, folders: dict[str, Path]) -> dict[str, Any]:
-    """Ask the test items of one served base through all of its rows."""
-    seed, which = stage.seed, stage.which
-    world = transfer_world.World(seed, scale.test_items)
-    if which not in BASES:
-        rows = [Row(TUNED if which.endswith(TUNED) else VALUE_ALONE)]
-    else:
-        values = {variant: folders[f"{seed}/value/{variant}"] for variant in VARIANTS}
-        chosen = None
-        if which == "X":
-            maps = read_maps(folders[f"{seed}/maps/X"])
-            chosen = maps[read_result(folders["0/map/chosen"])["map"]]
-            # A cascade reads the base's expectation as value embeddings, which takes one vocabulary.
-            values = {variant: folder for variant, folder in values.items() if "cascade" not in variant}
-        rows = transfer_measure.rows_of(
-            values, folders[f"{seed}/tuned/{SMALL}"], folders[f"{seed}/base/{SMALL}"], chosen
-        )
-        if which == "X":
-            rows += transfer_measure.map_rows(maps, values[RESIDUAL])
-    items = world.test + world.news
-    return {
-        "rows": [row.label for row in rows],
-        "answers": transfer_measure.ask(folders[stage.needs[0]], rows, items, scale.engine),
-    }
+def folder_names(stages: list[Stage], scale: Scale, scale_name: str, root: Path = ROOT) -> dict[str, str]:
+    """Stage → its folder's name; the hash covers all that went into it, versions of the libraries included."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "tokenizers", "vllm")}
+    code = {kind: fingerprint(SOURCES[kind], root) for kind in {stage.kind for stage in stages}}
+    names: dict[str, str] = {}
+    for stage in stages:
+        common = {name: value for name, value in asdict(scale).items() if name in SETTINGS[stage.kind]}
+        if stage.kind == "base":
+            common["recipe"] = asdict(scale.bases[stage.which])
+        parts = [stage.name, [names[need] for need in stage.needs], common, code[stage.kind], versions]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+        readable = "".join(c if c.isalnum() else "-" for c in stage.name)
+        names[stage.name] = f"{scale_name}-{readable}-{key}"
+    return names
 
 
 def read_result(folder: Path) -> dict[str, Any]:

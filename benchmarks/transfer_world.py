@@ -1,13 +1,14 @@
 """The little world of the transfer benchmark: raw text, demonstrations, held-out questions, two kinds of tokenizer.
 
-The raw text holds the *knowledge* of four tasks but not the *behaviour*: most questions in it are dodged, and after an
-answer the text goes on. Demonstrations show the behaviour (answer, then stop) on one part of the items, and the test
-asks about others. A fifth group, `news`, is told in the text of the newer release alone and never demonstrated.
+The raw text holds the *knowledge* of four tasks and seldom the *behaviour*: most questions in it are dodged, and after
+an answer the text mostly goes on. Demonstrations show the behaviour (answer, then stop) on one part of the items, and
+the test asks about others. A fifth group, `news`, is told in the text of the newer release alone and never
+demonstrated. `told_verbatim` counts what the raw text gives away.
 """
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ MONTHS = [
     "november",
     "december",
 ]
+_PEOPLE = frozenset(NAMES + NEW_NAMES)
 DAYS = 28
 DODGES = ("not telling .", "who knows ?", "ask me later .")
 QUESTION_SHARE, ANSWERED_SHARE = 0.5, 0.3
@@ -53,6 +55,25 @@ def date(day: int, month: int) -> Item:
     return Item("dates", f"how is {said} written ?", written, f"{said} is written {written} .")
 
 
+def word(rng: random.Random) -> Item:
+    """A word to be spelled backwards that is not the same both ways."""
+    while (made := spelling(rng)).answer == made.answer[::-1]:
+        pass
+    return made
+
+
+def group(item: Item) -> str:
+    """What items that are told and learnt together share: a person, an unordered pair of addends or of a word's ends.
+
+    Items of a group are in the same part of the split, and their hits and misses are not independent.
+    """
+    if item.task in ("facts", NEWS):
+        return next(name for name in item.question.split() if name in _PEOPLE)
+    if item.task == "sums":
+        return "+".join(sorted(item.question.split()[2:5:2]))
+    return min(item.answer, item.answer[::-1]) if item.task == "backwards" else item.answer
+
+
 def facts_about(names: list[str], task: str, rng: random.Random) -> dict[str, list[Item]]:
     """Name → one item for each attribute, with a value drawn."""
     facts: dict[str, list[Item]] = {}
@@ -67,32 +88,33 @@ def facts_about(names: list[str], task: str, rng: random.Random) -> dict[str, li
 class World:
     """All items, split into `train` (demonstrated), `validation` and `test`; `news` belongs to the newer release.
 
-    Facts are split by person, sums by unordered pair, words and dates one by one: nothing that is asked in the test
-    was demonstrated in another wording. Words and dates of the test, being skills, are not in the raw text either.
+    The split is by `group`: nothing that is asked in the test was demonstrated in another wording. Words (either way
+    round) and dates of the test's part, being skills, are not in the raw text either, whether or not they are asked.
 
     Args:
         seed: Draws the facts and the split.
-        test_items: Most test items of a task.
+        test_items: Most test items of a task; nothing else depends on it.
     """
 
     def __init__(self, seed: int = 0, test_items: int = TEST_ITEMS):
         rng = random.Random(seed)
-        sums: dict[str, list[Item]] = {}
-        for a in range(LARGEST_ADDEND + 1):
-            for b in range(LARGEST_ADDEND + 1):
-                item = Item("sums", f"what is {a} plus {b} ?", str(a + b), f"{a} plus {b} is {a + b} .")
-                sums.setdefault(f"{min(a, b)}+{max(a, b)}", []).append(item)
+        addends = range(LARGEST_ADDEND + 1)
+        people = [item for items in facts_about(NAMES, "facts", rng).values() for item in items]
+        words = [word(rng) for _ in range(170)]
         dates = [date(*rng.choice([(d, m) for d in range(1, DAYS + 1) for m in range(1, 13)])) for _ in range(200)]
-        groups = {
-            "facts": facts_about(NAMES, "facts", rng),
-            "sums": sums,
-            "backwards": {item.answer: [item] for item in (spelling(rng) for _ in range(170))},
-            "dates": {item.answer: [item] for item in dates},
-        }
+        sums = [
+            Item("sums", f"what is {a} plus {b} ?", str(a + b), f"{a} plus {b} is {a + b} .")
+            for a in addends
+            for b in addends
+        ]
+        groups: dict[str, dict[str, list[Item]]] = {task: {} for task in TASKS}
+        for item in {item.question: item for item in (*people, *sums, *words, *dates)}.values():
+            groups[item.task].setdefault(group(item), []).append(item)
         self.train: list[Item] = []
         self.validation: list[Item] = []
         self.test: list[Item] = []
         self._told: dict[str, list[Item]] = {}
+        self._untold: set[str] = set()
         for task in TASKS:
             keys = sorted(groups[task])
             rng.shuffle(keys)
@@ -105,8 +127,9 @@ class World:
             self.validation += validation
             self.test += test[:test_items]
             self._told[task] = train + validation + test
+            if task in ("backwards", "dates"):
+                self._untold.update(group(item) for item in test)
         self.news = [item for items in facts_about(NEW_NAMES, NEWS, rng).values() for item in items]
-        self._untold = {item.answer for item in self.test if item.task in ("backwards", "dates")}
 
     def _sentence_item(self, rng: random.Random, newer: bool) -> Item:
         (task,) = rng.choices(list(TEXT_SHARES), TEXT_SHARES.values())
@@ -115,8 +138,8 @@ class World:
         if task in ("facts", "sums"):
             return rng.choice(self._told[task])
         while True:
-            made = spelling(rng) if task == "backwards" else date(rng.randint(1, DAYS), rng.randint(1, 12))
-            if made.answer not in self._untold:
+            made = word(rng) if task == "backwards" else date(rng.randint(1, DAYS), rng.randint(1, 12))
+            if group(made) not in self._untold:
                 return made
 
     def document(self, rng: random.Random, newer: bool = False, sentences: int = 6) -> str:
@@ -137,6 +160,24 @@ class World:
         rng = random.Random(seed)
         while True:
             yield self.document(rng, newer)
+
+
+def told_verbatim(items: list[Item], texts: Iterable[str]) -> dict[str, float]:
+    """Shares of items that raw texts give away word for word.
+
+    Returns:
+        `stated`, `answered` (the question with its answer), and `ended` (that, and the end of text right behind it, as
+        a demonstration has it).
+    """
+    text = EOS.join(texts)
+    forms = {
+        "stated": [item.statement.removesuffix(" .") for item in items],
+        "answered": [f"{prompt(item)} {item.answer} " for item in items],
+        "ended": [f"{prompt(item)} {item.answer}{EOS}" for item in items],
+    }
+    found = {name: [form in text for form in every] for name, every in forms.items()}
+    found["answered"] = [a or e for a, e in zip(found["answered"], found["ended"], strict=True)]
+    return {name: sum(hits) / len(hits) for name, hits in found.items()}
 
 
 def write_demonstrations(items: list[Item], path: Path) -> Path:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # In the order in which they import each other. Loaded from their files: benchmarks/ must not come into sys.path, see
 # test_kernels_compiled.py.
-MODULES = ("world", "family", "training", "measure", "stages", "run", "table", "markdown")
+MODULES = (
+    *("world", "family", "rows", "search", "pretrain", "training", "choice", "measure", "stages", "work", "run"),
+    *("bootstrap", "table", "report", "markdown"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +35,51 @@ def transfer():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_held_out_items_are_neither_demonstrated_nor_told_as_skills(transfer, seed):
-    world = transfer.world.World(seed)
+@pytest.mark.parametrize("test_items", [5, 60, 200])
+def test_held_out_items_are_neither_demonstrated_nor_told_as_skills(transfer, seed, test_items):
+    world = transfer.world.World(seed, test_items)
     splits = [world.train, world.validation, world.test, world.news]
     for one, other in itertools.combinations(splits, 2):
         assert not {item.question for item in one} & {item.question for item in other}
+        assert not {transfer.world.group(item) for item in one} & {transfer.world.group(item) for item in other}
     for task in transfer.world.TASKS:
-        assert all(sum(item.task == task for item in split) >= 10 for split in splits[:3])
-
-    def keys(items):
-        people = {w for i in items if i.task in ("facts", "news") for w in i.question.split()}
-        sums = {tuple(sorted(i.question.split()[2:5:2])) for i in items if i.task == "sums"}
-        return people & set(transfer.world.NAMES + transfer.world.NEW_NAMES) | sums
-
-    for one, other in itertools.combinations(splits, 2):
-        assert not keys(one) & keys(other)
-    untold = [item.statement for item in world.test if item.task in ("backwards", "dates")]
-    old, new = (" ".join(itertools.islice(world.documents(7, newer), 400)) for newer in (False, True))
-    assert not any(statement in text for statement in untold for text in (old, new))
+        assert all(sum(item.task == task for item in split) >= min(10, test_items) for split in splits[:3])
+    # What trains a model never knows how many items are asked.
+    plain = transfer.world.World(seed)
+    old, new = ("".join(itertools.islice(plain.documents(7, newer), 400)) for newer in (False, True))
+    assert old == "".join(itertools.islice(world.documents(7), 400))
+    assert (plain.train, plain.validation) == (world.train, world.validation)
+    skills = [item for item in world.test if item.task in ("backwards", "dates")]
+    told = transfer.world.told_verbatim(skills, [old, new])
+    assert told == {"stated": 0, "answered": 0, "ended": 0}
     assert not any(item.statement in old for item in world.news)
     assert any(item.statement in new for item in world.news)
     assert any(item.statement in old for item in world.test if item.task == "facts")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_word_is_told_that_answers_a_question_of_the_test_when_read_backwards(transfer, seed):
+    world = transfer.world.World(seed)
+    words = {item.answer for item in world.test if item.task == "backwards"}
+    assert not any(word == word[::-1] for word in words)
+    said = {item.answer for part in (world.train, world.validation) for item in part if item.task == "backwards"}
+    text = " ".join(itertools.islice(world.documents(7), 2000))
+    pairs = [text.split(" backwards ")[:-1], text.split(" backwards is ")[1:]]
+    assert len(pairs[0]) > 100
+    told = {piece[-5:] for piece in pairs[0]} | {piece[:5] for piece in pairs[1]}
+    for word in words:
+        assert not {word, word[::-1]} & (said | told)
+
+
+def test_what_the_raw_text_gives_away(transfer):
+    world = transfer.world.World(0)
+    one, other, third, fourth = [item for item in world.test if item.task == "facts"][:4]
+    texts = [
+        f"{one.statement} {transfer.world.prompt(other)} {other.answer} .<eos>",
+        f"so {transfer.world.prompt(third)} {third.answer}<eos>",
+    ]
+    found = transfer.world.told_verbatim([one, other, third, fourth], texts)
+    assert found == {"stated": 0.25, "answered": 0.5, "ended": 0.25}
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
@@ -67,22 +95,27 @@ def test_tokenizers_keep_text_and_the_border_of_the_answer(transfer, kind):
         assert tokenizer.decode(whole[len(ids) :], skip_special_tokens=True).strip() == item.answer
 
 
-def make_target(transfer, accuracies, items=50, seeds=3):
+def make_target(transfer, accuracies, items=50, seeds=3, size=1):
+    """Rows of independent groups of `size` items that are all right or all wrong."""
     tasks = [*transfer.world.TASKS, transfer.world.NEWS]
     rng = np.random.default_rng(0)
-    return transfer.table.Target(
-        {
-            row: [{task: rng.random(items) < accuracy for task in tasks} for _ in range(seeds)]
-            for row, accuracy in accuracies.items()
-        }
-    )
+    hits = {
+        row: [{task: np.repeat(rng.random(items // size) < accuracy, size) for task in tasks} for _ in range(seeds)]
+        for row, accuracy in accuracies.items()
+    }
+    groups = [{task: np.arange(items) // size for task in tasks} for _ in range(seeds)]
+    return transfer.bootstrap.Target(hits, groups)
+
+
+def figures(transfer, target, count):
+    return transfer.table.figures(target, transfer.bootstrap.resample(target, count))
 
 
 def test_intervals_hold_the_mean_and_shrink_with_items(transfer):
     accuracies = {"base alone": 0.1, "residual": 0.7, "fine-tuned": 0.9}
     widths = []
     for items in (20, 500):
-        found = transfer.table.figures(make_target(transfer, accuracies, items), 400)
+        found = figures(transfer, make_target(transfer, accuracies, items), 400)
         for label, accuracy in accuracies.items():
             cell = found[label]["average"]
             assert cell["low"] <= cell["mean"] <= cell["high"]
@@ -93,12 +126,75 @@ def test_intervals_hold_the_mean_and_shrink_with_items(transfer):
         assert found["residual"]["share"]["mean"] == pytest.approx(0.75, abs=0.1)
         widths.append(found["residual"]["average"]["high"] - found["residual"]["average"]["low"])
     assert widths[1] < widths[0] / 2
-    again = transfer.table.figures(make_target(transfer, accuracies, items), 400)
+    again = figures(transfer, make_target(transfer, accuracies, items), 400)
     assert again == found
 
 
+def test_items_that_hang_together_widen_the_interval(transfer):
+    target = make_target(transfer, {"base alone": 0.0, "residual": 0.5, "fine-tuned": 1.0}, 120, 1, size=3)
+    alone = transfer.bootstrap.Target(target.hits, [{task: np.arange(120) for task in target.tasks()}])
+    widths = []
+    for one in (alone, target):
+        low, high = transfer.bootstrap.interval(transfer.bootstrap.resample(one, 4000)["residual"][:, 0])
+        widths.append(high - low)
+    # Three items that are right or wrong together tell as much as one: sqrt(3) times as wide.
+    assert widths[1] / widths[0] == pytest.approx(3**0.5, rel=0.15)
+
+
+def test_groups_of_unequal_size_count_by_their_items(transfer):
+    tasks = [*transfer.world.TASKS, transfer.world.NEWS]
+    members = np.array([0, 0, 0, 1])
+    hits = {task: members == 0 for task in tasks}
+    target = transfer.bootstrap.Target({"row": [hits]}, [dict.fromkeys(tasks, members)])
+    draws = transfer.bootstrap.resample(target, 500)["row"][:, 0]
+    assert set(np.round(draws, 6)) == {0.0, 0.75, 1.0}
+
+
+def test_a_paired_bound_is_tighter_than_the_difference_of_intervals(transfer):
+    target = make_target(transfer, {"residual": 0.5, "base alone": 0.0}, 100, 1)
+    # Fine-tuned is right where residual is, and at one more item of each task.
+    more = []
+    for seed in target.hits["residual"]:
+        more.append({task: hits.copy() for task, hits in seed.items()})
+        for hits in more[-1].values():
+            hits[np.flatnonzero(~hits)[0]] = True
+    target.hits["fine-tuned"] = more
+    draws = transfer.bootstrap.resample(target, 2000)
+    low, high = transfer.bootstrap.interval(transfer.bootstrap.paired(draws, "residual", "fine-tuned", [0]))
+    assert -0.04 <= low < high <= 0
+    ours, theirs = (transfer.bootstrap.interval(draws[row][:, 0]) for row in ("residual", "fine-tuned"))
+    assert ours[0] - theirs[1] < -0.1
+    scaled = transfer.bootstrap.paired(draws, "residual", "fine-tuned", [0, 1], 0.5)
+    assert scaled.mean() == pytest.approx(0.25, abs=0.05)
+
+
+def goals_of(transfer, residual, tuned, base=0.0):
+    accuracies = {"base alone": base, "residual": residual, "proxy-tuning, best weight": 0.5, "fine-tuned": tuned}
+    target = make_target(transfer, accuracies, 400)
+    draws = transfer.bootstrap.resample(target, 300)
+    found = transfer.table.figures(target, draws)
+    everywhere = {name: (found, draws) for name in ("S", "M", "L", "L2", "X")}
+    extra = {"residual": 100, "proxy-tuning": 200}
+    return transfer.table.goals(
+        {name: pair[0] for name, pair in everywhere.items()},
+        {name: pair[1] for name, pair in everywhere.items()},
+        extra,
+    )
+
+
+def test_goals_want_a_gain_and_tell_what_is_sure(transfer):
+    assert all(goal["met"] and goal["sure"] for goal in goals_of(transfer, 0.95, 0.9))
+    missed = goals_of(transfer, 0.4, 0.9)
+    assert not any(goal["met"] or goal["sure"] for goal in missed)
+    assert all(low < 0 for goal in missed for low in goal["low"])
+    # As good as a fine-tuning that gained nothing is no success.
+    no_gain = [goal for goal in goals_of(transfer, 1.0, 1.0, base=1.0) if "fine-tuning" in goal["goal"]]
+    assert no_gain and not any(goal["met"] for goal in no_gain)
+    assert transfer.markdown.verdict({"met": True, "sure": False}) == "met, not by the lower bound"
+
+
 def test_no_share_where_fine_tuning_gains_nothing(transfer):
-    found = transfer.table.figures(make_target(transfer, {"base alone": 1.0, "fine-tuned": 1.0}), 50)
+    found = figures(transfer, make_target(transfer, {"base alone": 1.0, "fine-tuned": 1.0}), 50)
     assert "share" not in found["fine-tuned"]
     assert transfer.markdown.figure(found["fine-tuned"].get("share"), percent=True) == "–"
 
@@ -117,18 +213,85 @@ def test_exact_match_wants_the_whole_answer_and_its_end(transfer):
     assert transfer.measure.hits([item] * 4, answers) == [True, False, False, False]
 
 
-def test_rows_have_names_that_an_engine_takes(transfer, tmp_path):
+def settings_of(rows):
     from ivl_vllm.settings import parse_settings
 
-    values = {variant: tmp_path for variant in transfer.training.VARIANTS}
-    rows = transfer.measure.rows_of(values, tmp_path, tmp_path)
+    return parse_settings({"values": {name: entry for row in rows for name, entry in row.values.items()}}, {})
+
+
+@pytest.fixture
+def named_models(tmp_path):
+    """A folder for every name, as settings want folders that are there."""
+
+    def folder(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return tmp_path / name
+
+    return folder
+
+
+def test_rows_have_names_that_an_engine_takes(transfer, named_models):
+    values = {variant: named_models(variant) for variant in transfer.training.VARIANTS}
+    rows = transfer.rows.rows_of(values, named_models("expert"), named_models("small"), 0.75)
     assert len({row.label for row in rows}) == len(rows)
-    settings = parse_settings({"values": {row.name: row.entry for row in rows if row.name}}, {})
+    settings = settings_of(rows)
     for row in rows:
-        assert (row.ivl is None) == (row.label == "base alone")
-        if row.name is not None:
-            assert settings.steering({"ivl": row.ivl}).names == (row.name,)
+        assert (row.request("facts") is None) == (row.label == "base alone")
+        if row.values:
+            assert settings.steering(row.request("facts")).names == tuple(row.values)
+    by_label = {row.label: settings.steering(row.request("facts")) for row in rows}
+    assert by_label["proxy-tuning, best weight"].weights == {"proxy_tuning": 0.75}
+    assert by_label["proxy-tuning, auto"].auto == ("proxy_tuning",)
+    assert [by_label[f"residual, max_kl {nats}"].max_kl for nats in (1, 16)] == [1, 16]
     assert rows[-1].ivl == {"residual": 2.0}
+
+
+def test_experts_are_asked_all_at_once_the_right_one_or_all_others(transfer, named_models):
+    tasks = transfer.world.TASKS
+    experts = {task: named_models(task) for task in tasks}
+    weights, limits = {"all four": (0.5, 1.0), "right one": (1.0,)}, {"all four": (4.0,), "right one": (2.0,)}
+    rows = transfer.rows.expert_rows(experts, named_models("small"), weights, limits)
+    settings = settings_of(rows)
+    assert len(settings.networks) == 5  # S is subtracted from all, and loaded once
+    asked = {row.label: {task: settings.steering(row.request(task)) for task in (*tasks, "news")} for row in rows}
+    for task in tasks:
+        assert asked["all four, weight 0.5"][task].weights == dict.fromkeys(tasks, 0.5)
+        assert asked["all four, auto"][task].auto == tasks
+        assert asked["right one, weight 1"][task].weights == {task: 1.0}
+        assert asked["right one, auto"][task].auto == (task,)
+        assert set(asked["other three, auto"][task].auto) == set(tasks) - {task}
+        assert set(asked["other three, weight 1"][task].names) == set(tasks) - {task}
+        assert asked["other three, max_kl 4"][task].max_kl == 4
+        assert asked["right one, max_kl 2"][task].max_kl == 2
+    assert asked["right one, auto"]["news"].auto == ("facts",)
+
+
+def test_search_stops_between_worse_neighbours_and_flags_edges(transfer):
+    grid = {"norm": (1, 4, 16, 64), "steps": (100, 200, 400)}
+    asked = []
+
+    def loss(point):
+        asked.append(tuple(point.values()))
+        return abs(point["norm"] - 4) + abs(point["steps"] - 400) + (point["norm"] == 16 and point["steps"] == 400)
+
+    best, tried = transfer.search.search(loss, grid, {"norm": 16, "steps": 200})
+    assert best == {"norm": 4, "steps": 400}
+    assert len(asked) == len(set(asked)) == len(tried)
+    assert {(1, 400), (16, 400), (4, 200)} <= set(asked)
+    assert transfer.search.edges(best, grid) == ["steps"]
+    assert transfer.search.edges({"norm": 1, "steps": 200}, grid) == ["norm"]
+    assert transfer.search.edges({"norm": 3}, {"norm": (3,)}) == []
+    best, tried = transfer.search.search(lambda point: 0.0, {"norm": (3,)}, {"norm": 3})
+    assert (best, tried) == ({"norm": 3}, [({"norm": 3}, 0.0)])
+
+
+def test_a_rate_on_the_edge_is_flagged(transfer):
+    scale = transfer.family.SCALES["cpu"]
+    tables = []
+    for rate in (scale.tuning_rates[0], scale.tuning_rates[3], scale.tuning_rates[-1]):
+        found = transfer.report.chosen_rate({"learning_rate": rate, "tries": {}}, scale)
+        tables.append(transfer.markdown.rates_table({"L": [found]}))
+    assert ["edge" in table for table in tables] == [True, False, True]
 
 
 def test_a_changed_stage_is_made_again_with_all_that_need_it(transfer):
@@ -138,13 +301,41 @@ def test_a_changed_stage_is_made_again_with_all_that_need_it(transfer):
     assert len(set(names)) == len(names)
     for index, stage in enumerate(stages):
         assert set(stage.needs) <= set(names[:index])
-    before = transfer.run.folder_names(stages, scale, "quick")
+    before = transfer.stages.folder_names(stages, scale, "quick")
     bases = {**scale.bases, "X": dataclasses.replace(scale.bases["X"], steps=99)}
-    after = transfer.run.folder_names(stages, dataclasses.replace(scale, bases=bases), "quick")
+    after = transfer.stages.folder_names(stages, dataclasses.replace(scale, bases=bases), "quick")
     changed = {name for name in names if before[name] != after[name]}
     assert changed >= {"0/base/X", "1/tuned/X", "0/answers/X", "0/map/chosen"}
     assert not changed & {"0/base/L", "0/value/residual", "0/tuned/L", "1/answers/L"}
-    assert transfer.run.folder_names(stages, dataclasses.replace(scale, resamples=7), "quick") == before
+    assert transfer.stages.folder_names(stages, dataclasses.replace(scale, resamples=7), "quick") == before
+
+
+@pytest.mark.parametrize(
+    ("source", "again", "kept"),
+    [
+        ("ivl_vllm/vocab/matching.py", {"maps", "map", "answers"}, {"base", "value", "tuned"}),
+        ("ivl_vllm/serving/solved_weights.py", {"choice", "answers", "joint"}, {"base", "value", "tuned", "maps"}),
+        ("kernels/ivl_kernels/fusion.py", {"choice", "answers", "joint"}, {"base", "value"}),
+        ("ivl_vllm/training/objective.py", {"value", "search", "answers"}, {"base"}),
+        ("ivl_vllm/demo/finetune.py", {"tuned", "expert"}, {"base"}),
+        ("ivl_vllm/demo/world.py", {"base", "value", "tuned", "maps", "answers"}, set()),
+        ("benchmarks/transfer_rows.py", {"answers", "joint"}, {"base", "tuned"}),
+        ("benchmarks/transfer_markdown.py", set(), {"base", "answers"}),
+    ],
+)
+def test_changed_code_makes_the_stages_that_run_it_again(transfer, tmp_path, source, again, kept):
+    root = transfer.stages.ROOT
+    for folder in ("ivl_vllm", "kernels", "benchmarks"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=lambda _, names: {n for n in names if "cache" in n})
+    scale = transfer.family.SCALES["quick"]
+    stages = transfer.stages.plan(1, scale)
+    before = transfer.stages.folder_names(stages, scale, "quick", tmp_path)
+    with (tmp_path / source).open("a") as file:
+        file.write("\n# changed\n")
+    after = transfer.stages.folder_names(stages, scale, "quick", tmp_path)
+    by_kind = {kind: {before[s.name] != after[s.name] for s in stages if s.kind == kind} for kind in again | kept}
+    assert all(by_kind[kind] == {True} for kind in again)
+    assert all(by_kind[kind] == {False} for kind in kept)
 
 
 def test_elapsed_counts_side_by_side_stages_once(transfer, tmp_path):
@@ -154,3 +345,34 @@ def test_elapsed_counts_side_by_side_stages_once(transfer, tmp_path):
         folders[name].mkdir()
         (folders[name] / "stage.json").write_text(json.dumps({"began": began, "ended": ended}))
     assert transfer.run.elapsed(folders) == 25
+
+
+def test_score_counts_whole_answers_and_their_tokens_alone(transfer):
+    import torch
+
+    ids = torch.tensor([[5, 1, 2, 3], [5, 5, 1, 0]])
+    mask = torch.tensor([[False, True, True, True], [False, False, True, False]])
+    logits = torch.zeros(2, 4, 6)
+    logits[0, [0, 1, 2], [1, 2, 3]] = 9.0
+    accuracy, loss = transfer.choice.score(logits, ids, mask)
+    rest = torch.tensor([9.0, 0, 0, 0, 0, 0]).log_softmax(0)[0].neg()
+    # The second answer's only token is no larger than token 0, which comes first.
+    assert accuracy == 0.5
+    assert loss == pytest.approx((3 * rest.item() + np.log(6)) / 4)
+
+
+@pytest.mark.parametrize("variant", ["no norm", "cascade", "cascade+text"])
+def test_fit_and_the_trainer_agree(transfer, tmp_path, variant):
+    scale = transfer.family.SCALES["quick"]
+    bases = {}
+    for name in ("S", "M"):
+        bases[name] = tmp_path / name
+        transfer.pretrain.make_base(0, name, scale.bases[name], scale.head, None, bases[name])
+    setting = {"base_temperature": 0.5, "norm_weight": 0.0, "max_steps": 10}
+    value = tmp_path / "value"
+    trained = transfer.training.train_value(0, variant, scale, setting, bases, value)
+    scheme = variant if variant.startswith("cascade") else "residual"
+    _, loss = transfer.choice.fit(0, value, bases["S"], scheme)
+    assert loss == pytest.approx(trained["validation_loss"], rel=1e-4)
+    _, elsewhere = transfer.choice.fit(0, value, bases["M"], scheme)
+    assert elsewhere != pytest.approx(loss, rel=1e-3)

@@ -22,6 +22,8 @@ def fine_tune(
     learning_rates: tuple[float, ...],
     max_steps: int,
     seed: int,
+    patience: int = 4,
+    batch: int = 32,
 ) -> dict[str, dict[str, Any]]:
     """Fine-tune with TRL once per learning rate, each with early stopping, and keep the best by validation loss.
 
@@ -34,6 +36,8 @@ def fine_tune(
         learning_rates: Peak learning rates to try.
         max_steps: Most steps of one try.
         seed: Seed of the batches' order.
+        patience: Evaluations without progress, 10 steps apart, after which a try ends.
+        batch: Examples in a step.
 
     Returns:
         Learning rate → `validation_loss` (the best), `steps` that were made and their `seconds`, evaluations included.
@@ -51,7 +55,7 @@ def fine_tune(
                 lr_scheduler_type="cosine",
                 warmup_steps=0.05,
                 max_steps=max_steps,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=batch,
                 per_device_eval_batch_size=128,
                 eval_strategy="steps",
                 eval_steps=10,
@@ -71,7 +75,7 @@ def fine_tune(
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[EarlyStoppingCallback(early_stopping_patience=4)],
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=patience)],
         )
         use_progress_lines(trainer)
         start = time.perf_counter()
