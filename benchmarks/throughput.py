@@ -3,7 +3,7 @@
 On a CPU:    python benchmarks/throughput.py               125 M base, 21 M value network, fp32
 Wiring:      python benchmarks/throughput.py --quick       the same models, a quarter of the requests, one round
 Curves:      python benchmarks/throughput.py --only curves concurrency, size of the value network, vocabulary, context
-Compiled:    python benchmarks/throughput.py --compile     torch.compile (CUDA graphs on a GPU) beside eager
+Compiled:    python benchmarks/throughput.py --compile     torch.compile (CUDA graphs on a GPU) beside eager, too
 Busy CPU:    python benchmarks/throughput.py --threads 1 --clock cpu     CPU time of one thread, +-5 % a round
 On a GPU:    python benchmarks/throughput.py --scale gpu   shapes of Qwen2.5-7B and 0.5B, bf16, vLLM's dummy weights;
                                                            with drafts too. Has never run: no GPU was at hand.
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))  # from a checkout, installed or not
 
-PARTS = ("serving", "speculative", "sweep", "peers", "curves")
+PARTS = ("serving", "compiled", "speculative", "sweep", "peers", "curves")
 PACKAGES = ("ivl-vllm", "vllm", "torch", "transformers")
 
 
@@ -66,13 +66,13 @@ def main() -> None:
         "--only",
         choices=PARTS,
         nargs="+",
-        help="parts to run (default: serving, sweep and peers; on a GPU serving and speculative)",
+        help="parts to run (default: serving, sweep and peers; on a GPU serving, compiled and speculative)",
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests, one round")
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="measure plain, none, all and the value network alone compiled, too; on a GPU every case, without asking",
+        help="the part `compiled` too: plain, none, all and the value network alone, on a GPU every case",
     )
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases of the part `serving` (default: all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 3, peers 2)")
@@ -113,7 +113,8 @@ def main() -> None:
         parser.error(f"--clock cpu adds up the time of {arguments.threads} threads: give --threads 1 with it")
     name = f"throughput-{arguments.scale}{'-quick' if arguments.quick else ''}.json"
     output = arguments.output_json or HERE / "results" / name
-    parts = arguments.only or (["serving", "sweep", "peers"] if scale.random_weights else ["serving", "speculative"])
+    usual = ["serving", "sweep", "peers"] if scale.random_weights else ["serving", "compiled", "speculative"]
+    parts = (arguments.only or usual) + (["compiled"] if arguments.compile else [])
     if not scale.random_weights and {"sweep", "peers"} & set(parts):
         parser.error("peers need weights in a folder, and --scale gpu has vLLM's dummy ones")
     if "speculative" in parts and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -160,7 +161,7 @@ def main() -> None:
 
     if "serving" in parts:
         measure(setup(), cases, rounds(3), arguments.seed, say, saver(arguments.section or "serving"))
-    if arguments.compile or (device == "cuda" and "serving" in parts):
+    if "compiled" in parts:
         few = cases if device == "cuda" else [case for case in CASES if case.name in (*FEW, "value")]
         measure(setup(compiled=True), few, rounds(3), arguments.seed, say, saver("compiled"))
     if "speculative" in parts:
