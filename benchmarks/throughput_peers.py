@@ -38,9 +38,9 @@ class HFCase:
 
 HF_CASES = [
     HFCase("hf 1", "(a) two Hugging Face models, KV cache, batch 1", (1.0,), False),
-    HFCase("hf batch", "(b) the same, statically batched", (1.0,), True),
+    HFCase("hf batch", "(b) two Hugging Face models, static batches", (1.0,), True),
     HFCase("proxy 1", "(c) proxy-tuning, three models, batch 1", (1.0, -1.0), False),
-    HFCase("proxy batch", "(c) the same, statically batched", (1.0, -1.0), True),
+    HFCase("proxy batch", "(c) proxy-tuning, three models, static batches", (1.0, -1.0), True),
 ]
 BATCHED = [case for case in HF_CASES if case.batched]
 # Requests that stand for all where they run one by one.

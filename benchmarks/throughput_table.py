@@ -182,6 +182,7 @@ def markdown(report: dict) -> str:
         if section is None:
             continue
         found, scale, check = section["environment"], section["scale"], section.get("check", {})
+        mixed = ", request by request in mixed batches" if "10 %" in check.get("cases", {}) else ""
         parts.append(f"## {title}\n")
         machine = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
         parts.append(
@@ -190,11 +191,7 @@ def markdown(report: dict) -> str:
             f"network {scale['value_parameters'] / 1e6:,.0f} M, {scale['dtype']}; {scale['prompts']} requests at once, "
             f"prompts of {scale['input_len'][0]}–{scale['input_len'][1]} and outputs of {scale['output_len'][0]}–"
             f"{scale['output_len'][1]} tokens; medians of {section.get('rounds', 1)} rounds in turns."
-            + (
-                " Greedy tokens were compared with the formula's first, mixed batches request by request."
-                if check.get("checked")
-                else ""
-            )
+            + (f" Greedy tokens were compared with the formula's first{mixed}." if check.get("checked") else "")
             + (" Seconds are CPU seconds of one thread." if found["clock"] == "cpu" else "")
             + (" QUICK RUN." if scale["quick"] else "")
             + "\n"
