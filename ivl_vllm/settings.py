@@ -213,7 +213,12 @@ def _parse_value(name: Any, spec: Any, where: str) -> Value:
             f"ivl: vocab_map of {setting} is {vocab_map!r}: there is no such file; "
             "make one with: ivl map-vocab --base BASE --value VALUE --output FILE"
         )
-    return Value(spec["model"], spec.get("minus"), vocab_map)
+    return Value(*(_one_spelling(spec.get(key)) for key in _VALUE_FIELDS))
+
+
+def _one_spelling(path: str | None) -> str | None:
+    """The path itself, whatever way there was given: what several values name must be loaded and run once."""
+    return os.path.realpath(path) if path is not None and os.path.exists(path) else path
 
 
 def engine_args(

@@ -23,6 +23,8 @@ class ValueRows:
 
     def __init__(self) -> None:
         self.networks: list[Network] = []
+        # Their numbers, those together that are projected together: see `shared_weights`.
+        self.groups: list[tuple[int, ...]] = []
         self._hidden: list[torch.Tensor | None] = []
         self._rows = self._taken = 0
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, replace
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
@@ -15,10 +17,14 @@ from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.checks import engine_settings, network_config, network_scheme
 from ivl_vllm.serving.joined_model import ValueRows, join
 from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
 from ivl_vllm.serving.solved_weights import warm_up_solvers
 from ivl_vllm.serving.steps import Steps, watch_steps
 from ivl_vllm.settings import NetworkSource
 from ivl_vllm.vocab.vocab_map import VocabMap
+
+# vLLM shows what is logged under its own name and nothing else.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class IVLModelLoader(BaseModelLoader):
@@ -46,9 +52,9 @@ class IVLModelLoader(BaseModelLoader):
         if model_config.runner_type == "draft":
             return base
         settings = engine_settings(vllm_config)
-        networks = [
-            _load_network(vllm_config, source, number, load_format) for number, source in enumerate(settings.networks)
-        ]
+        networks: list[Network] = []
+        for source in settings.networks:
+            networks.append(_load_network(vllm_config, source, networks, load_format))
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             for layer in vllm_config.compilation_config.static_forward_context.values():
                 _keep_whole_context(layer)
@@ -57,21 +63,27 @@ class IVLModelLoader(BaseModelLoader):
         warm_up_solvers(settings, networks, model_config.get_vocab_size(), base)
         watch_steps()
         default_weights = settings.network_weights(settings.steering(None).weights)
-        return join(base, ValueRows.of(vllm_config), Steps.of(vllm_config), networks, default_weights)
+        rows = ValueRows.of(vllm_config)
+        rows.groups = projection_groups(networks, settings.networks)
+        return join(base, rows, Steps.of(vllm_config), networks, default_weights)
 
     def _base_load_config(self, load_format: str) -> LoadConfig:
         return replace(self.load_config, load_format=load_format)
 
 
-def _load_network(vllm_config: VllmConfig, source: NetworkSource, number: int, load_format: str) -> Network:
+def _load_network(
+    vllm_config: VllmConfig, source: NetworkSource, others: Sequence[Network], load_format: str
+) -> Network:
     """One value network, with its own attention layers in the engine's paged KV cache.
 
     Args:
         vllm_config: the engine's configuration.
         source: where it comes from.
-        number: position among the networks; names its layers (`ivl_0.model.layers.3.self_attn.attn`).
+        others: those loaded before it, with which it shares what is equal. Their count names its layers
+            (`ivl_0.model.layers.3.self_attn.attn`).
         load_format: the base's. Random weights there mean random weights here; else safetensors and nothing else.
     """
+    number = len(others)
     model_config = network_config(vllm_config, source.model)
     # A request is as long for the value network as for the base.
     model_config.max_model_len = vllm_config.model_config.max_model_len
@@ -103,6 +115,10 @@ def _load_network(vllm_config: VllmConfig, source: NetworkSource, number: int, l
     with set_model_tag(prefix):
         loader = get_model_loader(config.load_config)
         model = loader.load_model(vllm_config=config, model_config=model_config, prefix=prefix)
+    if load_format != "dummy":  # there all that has one shape is equal
+        saved = share_equal_weights(model, [other.model for other in others])
+        if saved:
+            logger.info("ivl: value network %s: %.1f MiB are shared with others", source.model, saved / 2**20)
     for name in layers.keys() - before:
         _use_own_config(layers[name], config, prefix)
     return Network(

@@ -158,11 +158,12 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         solved = self._solved.apply(logits, hidden, networks, slots, slot_of_row) if self._solved.any else []
         if not self._weights.any_steered:
             return solved
-        chosen = self._weights.of_rows(slots) if slot_of_row is None else self._weights.of_slots(slot_of_row, slots)
-        for number, rows_and_weights in chosen.items():
-            if rows_and_weights is None:
-                continue
-            row_index, weights = rows_and_weights
-            rows = hidden[number] if row_index is None else hidden[number][row_index]
-            networks[number].add_logits(logits, rows, weights, row_index)
+        groups = self._value_rows.groups
+        if slot_of_row is None:
+            chosen = self._weights.of_rows(slots, groups)
+        else:
+            chosen = self._weights.of_slots(slot_of_row, slots, groups)
+        for addition in chosen:
+            rows, weights = addition.summed(hidden)
+            networks[addition.networks[0]].add_logits(logits, rows, weights, addition.row_index)
         return solved

@@ -3,10 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
+
+
+class Addition(NamedTuple):
+    """Rows of logits, and the networks that are added to them.
+
+    Attributes:
+        networks: their numbers; several are projected together.
+        row_index: int64 `[n]`; None for all rows.
+        weights: fp32 `[networks, n]`.
+    """
+
+    networks: tuple[int, ...]
+    row_index: torch.Tensor | None
+    weights: torch.Tensor
+
+    def summed(self, hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and weights whose projection, made once, is that of all these networks.
+
+        Args:
+            hidden: `[rows, hidden]` of every network of the engine.
+
+        Returns:
+            `[n, hidden]` in their dtype, and fp32 `[n]`. Several networks' weights are in the hidden states already:
+            what is left is 1, or 0 for a row that none of them has a weight for.
+        """
+        parts = [hidden[n] if self.row_index is None else hidden[n][self.row_index] for n in self.networks]
+        if len(parts) == 1:
+            return parts[0], self.weights[0]
+        used = self.weights != 0
+        total = torch.zeros(parts[0].shape, dtype=torch.float32, device=self.weights.device)
+        for part, weight, member in zip(parts, self.weights, used, strict=True):
+            # A network that a request does not use has read none of its earlier tokens: anything may stand here.
+            total += torch.where(member[:, None], part.float() * weight[:, None], 0.0)
+        return total.to(parts[0].dtype), used.any(0).float()
 
 
 class RequestWeights:
@@ -24,7 +59,7 @@ class RequestWeights:
         self._dirty = False
         # Whether any slot has a weight. A slot that V2 has freed counts until it is filled again.
         self.any_steered = False
-        self._chosen: dict[int, tuple[torch.Tensor | None, torch.Tensor] | None] = {}
+        self._chosen: list[Addition] = []
         self._chosen_for: bytes | None = None
 
     def set(self, slot: int, weights: Sequence[float] | None) -> bool:
@@ -43,33 +78,36 @@ class RequestWeights:
             self._chosen_for = None
             self.any_steered = bool(self._host.any())
 
-    def of_rows(self, slots: np.ndarray) -> dict[int, tuple[torch.Tensor | None, torch.Tensor] | None]:
-        """Which rows of logits each network is added to, when the slot of every row is known on the host.
+    def of_rows(self, slots: np.ndarray, groups: Sequence[tuple[int, ...]]) -> list[Addition]:
+        """Which rows of logits the networks are added to, when the slot of every row is known on the host.
 
         The answer is kept on the device until requests come or go, so a steady batch costs nothing here.
 
         Args:
             slots: int `[rows]`, the slot of every row of logits.
-
-        Returns:
-            network -> None (no row has a weight), or `(row_index, weights)`: int64 and fp32 `[steered rows]`;
-            `row_index` is None when every row has one.
+            groups: numbers of the networks, those together that are projected together. They stay the same.
         """
         key = slots.tobytes()
         if key != self._chosen_for:
-            self._chosen = {n: self._choose(self._host[slots, n]) for n in range(self._host.shape[1])}
-            self._chosen_for = key
+            chosen = (self._choose(slots, members) for members in self._wanted(slots, groups))
+            self._chosen, self._chosen_for = list(chosen), key
         return self._chosen
 
-    def _choose(self, weights: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-        rows = np.flatnonzero(weights)
-        if not rows.size:
-            return None
-        device = self._device.device
-        on_device = async_tensor_h2d(np.ascontiguousarray(weights[rows]), device=device)
-        return (None if rows.size == weights.size else async_tensor_h2d(rows, device=device)), on_device
+    def _wanted(self, slots: np.ndarray, groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """What is left of each group when networks that none of these slots has a weight for are left out."""
+        steered = self._host[slots].any(axis=0)
+        wanted = (tuple(number for number in group if steered[number]) for group in groups)
+        return [members for members in wanted if members]
 
-    def of_slots(self, slots: torch.Tensor, on_host: np.ndarray) -> dict[int, tuple[None, torch.Tensor] | None]:
+    def _choose(self, slots: np.ndarray, members: tuple[int, ...]) -> Addition:
+        weights = self._host[np.ix_(slots, members)].T
+        rows = np.flatnonzero(weights.any(axis=0))
+        device = self._device.device
+        on_device = async_tensor_h2d(np.ascontiguousarray(weights[:, rows]), device=device)
+        row_index = None if rows.size == slots.size else async_tensor_h2d(rows, device=device)
+        return Addition(members, row_index, on_device)
+
+    def of_slots(self, slots: torch.Tensor, on_host: np.ndarray, groups: Sequence[tuple[int, ...]]) -> list[Addition]:
         """The same when only the device knows the slot of every row (draft rows of speculative decoding).
 
         All rows are taken for every network that some request wants; the kernel leaves those with weight 0 alone.
@@ -77,6 +115,7 @@ class RequestWeights:
         Args:
             slots: int `[rows]` on the device.
             on_host: int `[requests]`, the slots that the rows belong to, in any order.
+            groups: as above.
         """
-        steered = self._host[on_host].any(axis=0)
-        return {n: (None, self._device[n][slots]) if steered[n] else None for n in range(len(steered))}
+        wanted = self._wanted(on_host, groups)
+        return [Addition(m, None, torch.stack([self._device[number][slots] for number in m])) for m in wanted]

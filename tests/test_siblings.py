@@ -1,0 +1,202 @@
+"""Networks that are LoRA siblings hold equal matrices once and are projected once; others do neither."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from parity import Reference, assert_parity, engine, random_requests, run
+from safetensors.torch import load_file, save_file
+from sibling_models import make_family, value_rows
+from torch import nn
+
+import ivl_vllm
+from ivl_vllm.settings import NetworkSource, parse_settings
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def projections(monkeypatch):
+    """The numbers of rows of each projection of value networks."""
+    from ivl_vllm.serving.network import Network
+
+    counts = []
+    project = Network.value_logits
+    monkeypatch.setattr(
+        Network, "value_logits", lambda self, hidden: counts.append(len(hidden)) or project(self, hidden)
+    )
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # qwen2 ties its embeddings
+def test_siblings_share_tables_and_one_projection(models, tmp_path, projections, kind):
+    values, folders = make_family(models, tmp_path, kind)
+    requests = random_requests(40, seed=65, names=("one", "two", "other"))
+    with engine(models["base"], **ivl_vllm.engine_args(values=values), max_num_batched_tokens=48) as llm:
+        rows = value_rows(llm)
+        # The small base of both pairs is there once.
+        assert len(rows.networks) == 4
+        assert rows.groups == [(0, 1, 2), (3,)]
+        one, small, two, other = (network.model for network in rows.networks)
+        assert one.lm_head is small.lm_head is two.lm_head and one.lm_head is not other.lm_head
+        assert one.model.embed_tokens is small.model.embed_tokens is two.model.embed_tokens
+        assert one.model.layers[0].mlp is not small.model.layers[0].mlp
+        outputs = run(llm, requests)
+
+        before, pair_requests = len(projections), random_requests(6, seed=66, names=("one", "two"), last_arrival=1)
+        for request in pair_requests:
+            request.weights, request.ivl = {"one": 1.0, "two": -0.5}, {"one": 1.0, "two": -0.5}
+            request.params["max_tokens"] = 8
+        steps = []
+        put = rows.put
+        rows.put = lambda hidden, count: steps.append(count) or put(hidden, count)
+        pair_outputs = run(llm, pair_requests)
+        assert 8 <= len(projections) - before <= len(steps)  # three networks, one projection a step
+    reference = Reference(models["base"], **folders)
+    assert_parity(reference, requests, outputs)
+    assert_parity(reference, pair_requests, pair_outputs)
+
+
+def test_an_output_layer_that_differs_in_one_number_is_not_shared(models, tmp_path):
+    values, folders = make_family(models, tmp_path)
+    values.pop("two"), folders.pop("two")
+    file = folders["one"][0] / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"][7, 3] += 1e-3
+    save_file(weights, file, {"format": "pt"})
+    requests = random_requests(12, seed=68, names=("one", "other"), last_arrival=6)
+    with engine(models["base"], **ivl_vllm.engine_args(values=values)) as llm:
+        rows = value_rows(llm)
+        assert rows.groups == [(0,), (1,), (2,)]
+        one, small, _ = (network.model for network in rows.networks)
+        assert one.model.embed_tokens is small.model.embed_tokens and one.lm_head is not small.lm_head
+        outputs = run(llm, requests)
+    assert_parity(Reference(models["base"], **folders), requests, outputs)
+
+
+def test_model_runner_v2():
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE / "v2_on_cpu"), os.environ.get("PYTHONPATH", "")]),
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "sibling_cases.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert re.search(r"\b2 passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-500:]
+
+
+def test_one_folder_is_one_network_whatever_way_it_is_named(tmp_path, monkeypatch):
+    for name in ("expert", "second", "small"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    spelled = ["small", "./expert/../small/", str(tmp_path / "link")]
+    values = {str(n): {"model": "expert", "minus": path} for n, path in zip("abc", spelled, strict=True)}
+    settings = parse_settings({"values": values}, {})
+    assert [Path(source.model).name for source in settings.networks] == ["expert", "small"]
+    hub = parse_settings({"values": {"a": {"model": "some/model"}}}, {})  # no folder here: an id stays as it is
+    assert hub.networks == (NetworkSource("some/model"),)
+
+
+def test_equal_matrices_share_memory_and_others_do_not():
+    from ivl_vllm.serving.shared_weights import share_equal_weights
+
+    def make(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16), nn.Embedding(6, 8))
+
+    other, model = make(0), make(0)
+    with torch.no_grad():
+        model[1].weight[0, 0] += 1
+    saved = share_equal_weights(model, [other])
+    assert saved == 4 * (8 * 8 + 6 * 8)
+    assert model[0].weight.data_ptr() == other[0].weight.data_ptr()
+    assert model[2].weight.data_ptr() == other[2].weight.data_ptr()
+    assert model[1].weight.data_ptr() != other[1].weight.data_ptr()
+    assert model[0].bias.data_ptr() != other[0].bias.data_ptr()
+    assert share_equal_weights(model, [other]) == 0  # nothing is counted twice
+    assert share_equal_weights(make(1), [other]) == 0
+
+
+class FakeNetwork:
+    """`function` of the logits that a head gives."""
+
+    head = None
+
+    def __init__(self, lm_head, function):
+        self.model = SimpleNamespace(lm_head=lm_head)
+        self._function = function
+
+    def no_hidden(self, rows):
+        return torch.zeros(rows, 8)
+
+    def value_logits(self, hidden):
+        return self._function(self.model.lm_head(hidden))
+
+
+@pytest.mark.parametrize(
+    "one, other, maps, together",
+    [
+        (lambda x: x, lambda x: x, (None, None), True),
+        (lambda x: x / 8, lambda x: x / 8, (None, None), True),
+        (lambda x: x, lambda x: x, ("a", "a"), True),
+        (lambda x: x, lambda x: x, (None, "a"), False),
+        (lambda x: x, lambda x: x / 8, (None, None), False),
+        (lambda x: x + 1, lambda x: x + 1, (None, None), False),
+        (lambda x: 30 * (x / 30).tanh(), lambda x: 30 * (x / 30).tanh(), (None, None), False),
+    ],
+    ids=["plain", "scaled", "one_map", "two_maps", "two_scales", "bias", "soft_cap"],
+)
+def test_what_is_projected_together(monkeypatch, one, other, maps, together):
+    from ivl_vllm.serving import shared_weights
+
+    monkeypatch.setattr(shared_weights, "get_tensor_model_parallel_world_size", lambda: 1)
+    torch.manual_seed(0)
+    head = nn.Linear(8, 50, bias=False)
+    networks = [FakeNetwork(head, one), FakeNetwork(nn.Linear(8, 50, bias=False), one), FakeNetwork(head, other)]
+    sources = [NetworkSource("x", maps[0]), NetworkSource("y", maps[0]), NetworkSource("z", maps[1])]
+    expected = [(0, 2), (1,)] if together else [(0,), (1,), (2,)]
+    assert shared_weights.projection_groups(networks, sources) == expected
+
+
+def test_sums_of_hidden_states():
+    """Rows and networks without a weight take no part, even where their hidden states are no numbers."""
+    from ivl_vllm.serving.request_weights import RequestWeights
+
+    weights = RequestWeights(5, 4, torch.device("cpu"))
+    wanted = {0: [1.0, -1.0, 0.0, 0.0], 2: [0.5, -2.5, 2.0, 1.0], 3: [0.0, 0.0, 0.0, 3.0]}
+    for slot, of_slot in wanted.items():
+        weights.set(slot, of_slot)
+    weights.flush()
+    hidden = [torch.randn(4, 6) for _ in range(4)]
+    slots, groups = torch.tensor([3, 2, 1, 0]).numpy(), [(0, 1, 2), (3,)]
+    hidden[2][3] = float("nan")  # the request of this row has no weight for this network
+    hidden[0][2] = float("inf")
+    expected = torch.zeros(4, 6)
+    expected[1] = 0.5 * hidden[0][1] - 2.5 * hidden[1][1] + 2.0 * hidden[2][1]
+    expected[3] = hidden[0][3] - hidden[1][3]
+
+    together, alone = weights.of_rows(slots, groups)
+    assert together.networks == (0, 1, 2) and alone.networks == (3,)
+    rows, scale = together.summed(hidden)
+    assert together.row_index.tolist() == [1, 3] and scale.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(rows, expected[[1, 3]])
+    rows, scale = alone.summed(hidden)
+    assert alone.row_index.tolist() == [0, 1] and scale.tolist() == [3.0, 1.0]
+    assert torch.equal(rows, hidden[3][:2])
+
+    together, alone = weights.of_slots(torch.from_numpy(slots), slots, groups)
+    rows, scale = together.summed(hidden)
+    assert together.row_index is None and scale.tolist() == [0.0, 1.0, 0.0, 1.0]
+    torch.testing.assert_close(rows, expected)
+    # Networks that no running request uses may have sat the step out.
+    only = weights.of_rows(torch.tensor([0, 1]).numpy(), groups)
+    assert [addition.networks for addition in only] == [(0, 1)]
+    rows, _ = only[0].summed([hidden[0], hidden[1], None, None])
+    torch.testing.assert_close(rows, (hidden[0] - hidden[1])[[0]])
