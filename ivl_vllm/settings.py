@@ -213,12 +213,13 @@ def _parse_value(name: Any, spec: Any, where: str) -> Value:
             f"ivl: vocab_map of {setting} is {vocab_map!r}: there is no such file; "
             "make one with: ivl map-vocab --base BASE --value VALUE --output FILE"
         )
-    return Value(*(_one_spelling(spec.get(key)) for key in _VALUE_FIELDS))
+    model, minus = (_one_spelling(spec.get(key)) for key in ("model", "minus"))
+    return Value(model, minus, None if vocab_map is None else os.path.realpath(vocab_map))
 
 
-def _one_spelling(path: str | None) -> str | None:
-    """The path itself, whatever way there was given: what several values name must be loaded and run once."""
-    return os.path.realpath(path) if path is not None and os.path.exists(path) else path
+def _one_spelling(model: str | None) -> str | None:
+    """Where a folder is, however that was written: what several values name is loaded and run once. Hub ids stay."""
+    return os.path.realpath(model) if model is not None and os.path.isdir(model) else model
 
 
 def engine_args(

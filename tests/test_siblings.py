@@ -100,8 +100,9 @@ def test_one_folder_is_one_network_whatever_way_it_is_named(tmp_path, monkeypatc
     values = {str(n): {"model": "expert", "minus": path} for n, path in zip("abc", spelled, strict=True)}
     settings = parse_settings({"values": values}, {})
     assert [Path(source.model).name for source in settings.networks] == ["expert", "small"]
-    hub = parse_settings({"values": {"a": {"model": "some/model"}}}, {})  # no folder here: an id stays as it is
-    assert hub.networks == (NetworkSource("some/model"),)
+    (tmp_path / "gpt2").touch()
+    hub = parse_settings({"values": {"a": {"model": "gpt2", "minus": "some/model"}}}, {})  # ids, not folders
+    assert hub.networks == (NetworkSource("gpt2"), NetworkSource("some/model"))
 
 
 def test_equal_matrices_share_memory_and_others_do_not():
