@@ -43,35 +43,36 @@ def _steering(section: str, report: dict, case: dict, cases: dict[str, dict]) ->
     if kind not in ("none", "all"):
         return []
     plain, found = cases[case["against"]], []
+    noise = _noise(plain, report["rounds"])
     for phase, label in PHASES.items():
         mine, theirs = case["phases"][phase], plain["phases"][phase]
         if kind == "none":
             goal, wanted = f"{case['label']}, {label}: speed of plain vLLM", NONE
-            limited_by = f"noise: {_noise(theirs)}"
+            limited_by = f"noise: {noise}"
         else:
             goal, wanted = f"{case['label']}, {label}: share of the bound", ALL
-            limited_by = _limit(mine, theirs, cases.get("value", {}).get("phases", {}).get(phase))
+            limited_by = _limit(mine, theirs, cases.get("value", {}).get("phases", {}).get(phase), noise)
         measured = (mine["share_of_bound"], mine["share_of_bound_interval"])
         found.append(_entry(section, report["rounds"], goal, wanted, *measured, limited_by))
     return found
 
 
-def _noise(plain: dict) -> str:
-    seconds = plain["seconds_of_rounds"]
-    if len(seconds) == 1:
+def _noise(plain: dict, rounds: int) -> str:
+    if rounds == 1:
         return "one round says nothing about noise"
-    return f"rounds of base alone differ by {max(seconds) / min(seconds) - 1:.0%}"
+    low, high = plain["spread"]["output_throughput"]
+    return f"rounds of base alone differ by {high / low - 1:.0%}"
 
 
-def _limit(mine: dict, plain: dict, value: dict | None) -> str:
+def _limit(mine: dict, plain: dict, value: dict | None, noise: str) -> str:
     if value is None:
-        return f"base alone reaches {plain['share_of_absolute_bound']:.2f} of its own bound; {_noise(plain)}"
+        return f"base alone reaches {plain['share_of_absolute_bound']:.2f} of its own bound; {noise}"
     # One after the other, each as fast as plain vLLM runs it.
     both = plain["median_seconds"] / (plain["median_seconds"] + value["median_seconds"])
     return (
         f"alone in plain vLLM the value network reaches {value['share_of_absolute_bound']:.2f} of its own bound, the "
         f"base {plain['share_of_absolute_bound']:.2f}: one after the other they would reach "
-        f"{both / mine['bound_of_speed_over_plain']:.2f} here; {_noise(plain)}"
+        f"{both / mine['bound_of_speed_over_plain']:.2f} here; {noise}"
     )
 
 

@@ -45,6 +45,10 @@ HF_CASES = [
 BATCHED = [case for case in HF_CASES if case.batched]
 # Requests that stand for all where they run one by one.
 ONE_BY_ONE = 8
+SUBSET = (
+    "evenly spaced in the order of their length; their time is scaled by prompt tokens up to the first token and by "
+    "output tokens after it"
+)
 # ours over peer, by name: (ours, goal on the CPU, goal on a GPU)
 GOALS = {
     "hf 1": ("all", 10.0, 50.0),
@@ -154,7 +158,8 @@ def measure(
                 for name in started:
                     memory[name] |= started[name].call("memory")
                 cases = [_report(case, runs, memory, setup.device) for case in (*ENGINE_CASES, *HF_CASES)]
-                save({"check": checked, "rounds": number, "batch_sizes": batch_sizes, "cases": cases})
+                report = {"check": checked, "rounds": number, "batch_sizes": batch_sizes, "subset": SUBSET}
+                save(report | {"cases": cases})
 
 
 @dataclass

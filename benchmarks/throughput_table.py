@@ -70,13 +70,13 @@ def serving_tables(section: dict) -> str:
         speed.append(tuple(cells))
         fit = f"{case['memory']['kv_cache_tokens']:,}"
         latencies.append((case["label"], *(_percentiles(case, n) for n in ("ttft", "tpot", "itl")), _memory(case), fit))
-    rates, plain = section["rates"], section["cases"][0]["phases"]["decode"]["seconds_of_rounds"]
+    rates, (low, high) = section["rates"], section["cases"][0]["spread"]["output_throughput"]
     return "\n".join(
         [
             rows_of(SPEED, speed),
             "Ratios are of one round each: the median, with an interval that holds the median with 95 % (below 6 "
             "rounds: the range). A share above 1 is noise: base alone's own rounds differ by "
-            f"{max(plain) / min(plain) - 1:.0%} in decode. Bounds count value networks in the steps and for the tokens "
+            f"{high / low - 1:.0%}. Bounds count value networks in the steps and for the tokens "
             "of steered requests alone; in lock-step a value network reads every token of a step with a steered one.\n",
             f"Limits: {rates['flops'] / 1e9:,.0f} GFLOP/s (large matrix product), {rates['bytes'] / 1e9:,.1f} GB/s "
             "(matrix times vector), measured in the same run. Seconds of the whole run:\n",
@@ -113,9 +113,8 @@ def peers_table(section: dict) -> str:
     sizes = ", ".join(f"{size} for {name}" for name, size in section["batch_sizes"].items())
     return rows_of(PEERS, rows) + (
         f"\nStatic batches have the size that was best in the sweep ({sizes}) and are sorted by output length, which a "
-        "server cannot know. Where requests run one by one, a few stand for all: evenly spaced in the order of their "
-        "length; their time is scaled by prompt tokens up to the first token and by output tokens after it. No plugin "
-        "can be expected to be faster than plain vLLM.\n"
+        f"server cannot know. Where requests run one by one, a few stand for all: {section['subset']}. No plugin can "
+        "be expected to be faster than plain vLLM.\n"
     )
 
 
