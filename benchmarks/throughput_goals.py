@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 NONE, ALL = 0.98, 0.97
+# Below these rounds their range says little about the median: then only a measurement this far from its goal is sure.
+ENOUGH_ROUNDS, FAR = 6, 0.25
 PHASES = {"decode": "decode", "prefill": "prompts"}
 
 
@@ -33,7 +35,8 @@ def _entry(
     section: str, rounds: int, goal: str, wanted: float, measured: float, interval: list[float], limited_by: str
 ) -> dict[str, Any]:
     met = measured >= wanted
-    beyond_noise = rounds > 1 and (interval[0] >= wanted if met else interval[1] < wanted)
+    outside = interval[0] >= wanted if met else interval[1] < wanted
+    beyond_noise = outside and (rounds >= ENOUGH_ROUNDS or abs(measured / wanted - 1) > FAR)
     found = {"section": section, "rounds": rounds, "goal": goal, "wanted": wanted, "measured": measured}
     return found | {"interval": interval, "met": met, "beyond_noise": beyond_noise, "limited_by": limited_by}
 
