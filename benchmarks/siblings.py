@@ -17,11 +17,11 @@ The figures for a GPU are computed from shapes (bytes streamed by a decode step)
 
 Decision, from `results/siblings-cpu.json` (AMD EPYC, one thread; 125 M base, 21 M pair of vocabulary 32k, adapters of
 rank 8 and 32, decode steps of 1 to 64 rows): one head takes 5 to 8 % off the joined step, and equal tables held once
-take 39 % off the pair's weights; the engine does both (`ivl_vllm/serving/shared_weights.py`). Stacked with one head it
-would be 7 to 11 %, with 48 to 49 % less memory: not kept, as two KV caches under one set of layers would have to be built
-into every model of vLLM, and the adapter to be kept beside the merged checkpoint, for at most 4 % of a step. Nothing
-gains more than 1 % on a prompt of 512 tokens, or for a 0.5 M pair. Computed for a 7 B base and a 0.5 B pair on a GPU:
-one head 1.7 % of the bytes of a decode step and 14 % of the pair's weights, stacked 5.9 % and 48 %.
+take 39 % off the pair's weights; the engine does both (`ivl_vllm/serving/shared_weights.py`). Stacked with one head
+it would be 7 to 11 %, with 48 to 49 % less memory: not kept, as two KV caches under one set of layers would have to
+be built into every model of vLLM, and the adapter kept beside the merged checkpoint, for a further 0 to 4 % of a step
+here. Nothing gains more than 1 % on a prompt of 512 tokens, or for a 0.5 M pair. Computed for a 7 B base and a 0.5 B
+pair on a GPU: one head 1.7 % of the bytes of a decode step and 14 % of the pair's weights, stacked 5.9 % and 48 %.
 """
 
 from __future__ import annotations
