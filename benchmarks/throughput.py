@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ PACKAGES = ("ivl-vllm", "vllm", "torch", "transformers")
 
 def environment(threads: int, device: str) -> dict:
     """What a figure depends on: machine, versions, command."""
-    found = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "threads": threads}
+    found = {"command": shlex.join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "threads": threads}
     found |= {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found["cpu"] = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), "unknown")
