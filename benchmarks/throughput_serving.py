@@ -52,6 +52,7 @@ class Case:
 
 CASES = [
     Case("plain", "base alone (plain vLLM)", "plain"),
+    Case("plain again", "base alone in another process", "plain again"),
     Case("none", "none steered", "ours"),
     Case("none, no skip", "none steered, skip_unsteered=false", "ours, no skip"),
     Case("10 %", "10 % steered", "ours", 1.0, 0.1),
@@ -61,7 +62,7 @@ CASES = [
     Case("cascade", "all steered by a cascade", "cascade", 1.0, 1.0),
     Case("value", "value network alone (plain vLLM)", "value"),
 ]
-FEW = ("plain", "none", "all")
+FEW = ("plain", "plain again", "none", "all")
 # With drafts: only vLLM's runner V2 takes logits processors beside a drafter.
 SPECULATIVE = [
     Case("speculative, plain", "base alone, n-gram drafts", "plain, drafts", against="speculative, plain"),
@@ -148,6 +149,7 @@ class Setup:
         drafts, name = name.endswith(", drafts"), name.removesuffix(", drafts")
         given = {
             "plain": {"model": self.base},
+            "plain again": {"model": self.base},
             "value": {"model": self.value},
             "plugin": {"model": self.base, "peer_value": self.value},
             "ours": {"model": self.base, "values": {"value_model": self.value}},

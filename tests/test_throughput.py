@@ -312,6 +312,7 @@ def report() -> dict:
     }
     serving["cases"] = [
         a_case("plain", 300.0, phases=phases, against="plain"),
+        a_case("plain again", 300.0, phases={p: phase | {"speed_over_plain": 1.005} for p in phases}, against="plain"),
         a_case("none", 299.0, against="plain", **none),
         a_case("all", 265.4, phases=phases, against="plain"),
         a_case("value", 900.0, phases=phases, against="plain"),
@@ -390,12 +391,17 @@ def test_goals_are_judged_beside_their_limits(report, tmp_path):
     assert peer["met"] and not peer["beyond_noise"] and "15.12 times" in peer["limited_by"]
     assert "| ≥ 10× | 13.25× (9.50–14.00) | met, not beyond noise |" in text
     assert "| ≥ 0.98 | 0.970 (0.960–0.975) | MISSED, not beyond noise |" in text
+    assert "in another process it is 1.005 times as fast" in none["limited_by"]
     # Nine rounds are enough, and so is one that is far away.
     report["sections"]["serving"]["rounds"] = 9
     report["sections"]["peers"]["cases"][1] |= {"times_faster": 6.0, "times_faster_spread": [6.0, 6.0]}
     file.write_text(json.dumps(report))
     found, text = json.loads(run_python(GOALS, file))
     assert all(entry["beyond_noise"] for entry in found)
+    for phase in ("decode", "prefill"):
+        report["sections"]["serving"]["cases"][1]["phases"][phase]["speed_over_plain"] = 1.03
+    file.write_text(json.dumps(report))
+    assert [entry["beyond_noise"] for entry in json.loads(run_python(GOALS, file))[0]] == [False] * 4 + [True]
     assert "| ≥ 0.98 | 0.970 (0.960–0.975) | MISSED |" in text and "| ≥ 10× | 6.00× (6.00–6.00) | MISSED |" in text
 
 
