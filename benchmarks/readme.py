@@ -59,18 +59,25 @@ def maps(report: dict[str, Any]) -> str:
 
 
 def throughput(report: dict[str, Any]) -> str:
-    """Speed against plain vLLM and the limit."""
-    section = report["sections"].get("short") or report["sections"]["serving"]
-    rows = []
-    for case in section["cases"]:
-        if case["name"] in ("plain", "value"):
+    """Speed against plain vLLM and the limit, compiled and eager."""
+    sections = report["sections"]
+    rows, runs = [], []
+    for how, section in (
+        ("compiled", sections.get("compiled")),
+        ("eager", sections.get("short") or sections["serving"]),
+    ):
+        if section is None:
             continue
-        phases = [case["phases"][name] for name in ("decode", "prefill")]
-        keys = ("speed_over_plain", "bound_of_speed_over_plain", "share_of_bound")
-        rows.append([case["label"], *(" / ".join(f"{phase[key]:.2f}" for phase in phases) for key in keys)])
-    return (
-        table(["decode / prompts", "speed of plain vLLM", "limit", "share of the limit"], rows) + "\n\n" + run(section)
-    )
+        for case in section["cases"]:
+            if case["name"] in ("plain", "value"):
+                continue
+            phases = [case["phases"][name] for name in ("decode", "prefill")]
+            keys = ("speed_over_plain", "bound_of_speed_over_plain", "share_of_bound")
+            cells = (" / ".join(f"{phase[key]:.2f}" for phase in phases) for key in keys)
+            rows.append([f"{how}, {case['label']}", *cells])
+        runs.append(f"{how.capitalize()}: {run(section)}")
+    heading = ["decode / prompts", "speed of plain vLLM", "limit", "share of the limit"]
+    return "\n\n".join([table(heading, rows), *runs])
 
 
 def peers(report: dict[str, Any]) -> str:
