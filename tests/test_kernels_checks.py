@@ -8,9 +8,18 @@ from pathlib import Path
 import ivl_kernels
 import pytest
 import torch
+from ivl_kernels import checks
 from ivl_kernels.checks import choose_backend
 
 KERNELS = Path(__file__).parent.parent / "kernels"
+
+
+@pytest.fixture
+def fresh_choice():
+    """The environment is asked once; here it changes."""
+    choose_backend.cache_clear()
+    yield
+    choose_backend.cache_clear()
 
 
 def value_add_arguments() -> dict:
@@ -73,6 +82,29 @@ def test_head_of_another_dtype():
         ivl_kernels.lm_head_value_add(torch.zeros(1, 4), torch.zeros(1, 6), torch.zeros(4, 6).bfloat16(), torch.ones(1))
 
 
+@pytest.mark.parametrize(("name", "wrong", "words"), WRONG)
+def test_a_call_that_passed_says_nothing_about_another(name, wrong, words):
+    given = value_add_arguments()
+    for change in ({}, {name: wrong}):
+        given |= change
+        positional = [given[key] for key in ("logits", "value_logits", "weights")]
+        options = {key: given[key] for key in ("row_index", "vocab_map")}
+        if not change:
+            ivl_kernels.value_add(*positional, **options)
+            continue
+        with pytest.raises(ValueError) as error:
+            ivl_kernels.value_add(*positional, **options)
+        assert all(word in str(error.value) for word in words)
+
+
+def test_forms_that_passed_are_not_kept_without_bound(monkeypatch):
+    monkeypatch.setattr(checks, "MOST_PASSED", 3)
+    monkeypatch.setattr(checks, "_passed", set())
+    for width in range(1, 9):
+        ivl_kernels.value_add(torch.zeros(1, width), torch.zeros(1, width), torch.ones(1))
+    assert 1 <= len(checks._passed) <= 3
+
+
 def test_nothing_is_written_when_an_argument_is_wrong():
     given = value_add_arguments() | {"row_index": torch.arange(4)}
     with pytest.raises(ValueError):
@@ -115,7 +147,7 @@ def test_check_vocab_map_refuses(entries, words):
         ("torch", "cpu", "1", "torch"),
     ],
 )
-def test_choice_of_backend(monkeypatch, backend, device, interpreter, chosen):
+def test_choice_of_backend(fresh_choice, monkeypatch, backend, device, interpreter, chosen):
     pytest.importorskip("triton", reason="the kernels work with torch alone; CI pins Triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if interpreter is not None:
@@ -123,14 +155,14 @@ def test_choice_of_backend(monkeypatch, backend, device, interpreter, chosen):
     assert choose_backend(backend, torch.device(device)) == chosen
 
 
-def test_without_triton_auto_is_torch_everywhere(monkeypatch):
+def test_without_triton_auto_is_torch_everywhere(fresh_choice, monkeypatch):
     monkeypatch.setattr("ivl_kernels.checks.has_triton", lambda: False)
     assert choose_backend("auto", torch.device("cuda")) == "torch"
     with pytest.raises(ValueError, match="install Triton"):
         choose_backend("triton", torch.device("cuda"))
 
 
-def test_triton_refused_on_the_cpu(monkeypatch):
+def test_triton_refused_on_the_cpu(fresh_choice, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend='triton' cannot run with logits on cpu"):
         ivl_kernels.value_add(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1), backend="triton")

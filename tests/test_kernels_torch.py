@@ -5,6 +5,7 @@ import importlib
 import ivl_kernels
 import pytest
 import torch
+from ivl_kernels.checks import choose_backend
 from kernel_cases import NAN, KernelCases, check, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +20,7 @@ class TestTorch(KernelCases):
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])
 def test_groups_and_blocks_of_every_size(monkeypatch, operation):
     monkeypatch.setattr(value_add_module, "rows_in_cache", lambda width: 3)
-    monkeypatch.setattr(value_add_module, "FEW_ROWS", 0)
+    monkeypatch.setattr(value_add_module, "SMALL", 0)
     monkeypatch.setattr(lm_head_module, "BLOCK_BYTES", 4 * 64 * 100)
     check(make_case(operation, 11, 333, map_dtype=torch.int32), "torch")
     check(make_case(operation, 11, 333), "torch")
@@ -72,7 +73,8 @@ def plain_case(operation: str = "value_add", **options):
     return case
 
 
-def test_float32_rows_go_one_by_one_and_in_one_pass():
+def test_long_float32_rows_go_one_by_one_and_in_one_pass(monkeypatch):
+    monkeypatch.setattr(value_add_module, "SHORT_ROW", 0)
     names = operations_of(plain_case())
     assert names.count("add_") == 4
     assert not {"mul", "mul_", "nan_to_num_", "index_add_", "_foreach_add_"} & set(names)
@@ -87,27 +89,39 @@ def test_only_the_row_with_a_non_finite_value_takes_the_careful_path(monkeypatch
     assert names.count("add_") == 4
 
 
-def test_short_rows_are_looked_through_in_one_call():
-    assert operations_of(plain_case()).count("aminmax") == 1
+def test_short_rows_go_together():
+    names = operations_of(plain_case())
+    assert [names.count(name) for name in ("mul", "nan_to_num_", "add_")] == [1, 1, 1]
+    assert "aminmax" not in names
+
+
+def test_a_single_row_needs_no_product():
+    case = make_case("value_add", 1, index_dtype=None)
+    names = operations_of(case)
+    assert names.count("add_") == names.count("aminmax") == 1
+    assert not {"mul", "mul_", "nan_to_num_"} & set(names)
 
 
 @pytest.mark.parametrize(
-    ("n", "columns", "logits_dtype", "one_by_one"),
+    ("n", "columns", "logits_dtype", "chosen"),
     [
-        pytest.param(4, 1000, torch.float32, True, id="few-rows"),
-        pytest.param(40, 1000, torch.float32, False, id="many-short-rows"),
-        pytest.param(40, 8192, torch.float32, True, id="many-long-rows"),
-        pytest.param(4, 8192, torch.bfloat16, False, id="other-dtype"),
+        pytest.param(1, 1000, torch.float32, "add_row", id="one-row"),
+        pytest.param(8, 1000, torch.float32, "add_group", id="short-rows"),
+        pytest.param(40, 1000, torch.float32, "add_in_groups", id="many-short-rows"),
+        pytest.param(40, 8192, torch.float32, "add_row", id="long-rows"),
+        pytest.param(1, 8192, torch.bfloat16, "add_group", id="other-dtype"),
+        pytest.param(4, 8192, torch.bfloat16, "add_in_groups", id="long-rows-of-another-dtype"),
     ],
 )
-def test_choice_between_rows_and_groups(monkeypatch, n, columns, logits_dtype, one_by_one):
+def test_choice_between_rows_and_groups(monkeypatch, n, columns, logits_dtype, chosen):
     taken = []
-    for name in ("add_row_by_row", "add_in_groups"):
+    for name in ("add_row", "add_group", "add_in_groups"):
         original = getattr(value_add_module, name)
         wrapped = lambda *args, name=name, original=original: taken.append(name) or original(*args)  # noqa: E731
         monkeypatch.setattr(value_add_module, name, wrapped)
     check(make_case("value_add", n, columns, logits_dtype=logits_dtype), "torch")
-    assert taken == ["add_row_by_row" if one_by_one else "add_in_groups"]
+    assert taken[0] == chosen
+    assert ("add_row" in taken) == (chosen == "add_row")
 
 
 @pytest.mark.parametrize(("rows", "total", "used"), [([2], 3, "select"), ([2, 0], 3, "unbind"), ([2, 0], 9, "select")])
@@ -127,8 +141,7 @@ def test_views_of_rows(rows, total, used):
         pytest.param(0, torch.bfloat16, "_foreach_add_", id="other-dtype"),
     ],
 )
-def test_scattered_rows_of_a_group(monkeypatch, padding, logits_dtype, used):
-    monkeypatch.setattr(value_add_module, "FEW_ROWS", 0)
+def test_scattered_rows_of_a_group(padding, logits_dtype, used):
     case = plain_case(padding=padding, logits_dtype=logits_dtype)
     case.row_index = torch.tensor([3, 0, 6, 2], device=case.logits.device)
     names = operations_of(case)
@@ -138,20 +151,23 @@ def test_scattered_rows_of_a_group(monkeypatch, padding, logits_dtype, used):
 @pytest.mark.parametrize(
     ("count", "dtype", "product"),
     [
-        (1, torch.float32, "mv"),
-        (1, torch.bfloat16, "exchanged"),
-        (4, torch.float32, "exchanged"),
+        (1, torch.float32, "matrix first"),
+        (4, torch.float32, "matrix first"),
         (5, torch.float32, ""),
+        (1, torch.bfloat16, "widened"),
+        (16, torch.bfloat16, "widened"),
     ],
 )
 def test_product_for_every_number_of_rows(monkeypatch, count, dtype, product):
     monkeypatch.setattr(lm_head_module, "BLOCK_BYTES", 4 * 64 * 100)
-    inputs, matrix = torch.randn(count, 64), torch.randn(1000, 64).to(dtype)
+    inputs, matrix = torch.randn(count, 64), torch.randn(1050, 64).to(dtype)
     with Operations() as operations:
         found = lm_head_module.project(inputs, matrix)
     torch.testing.assert_close(found, inputs @ matrix.float().t(), rtol=1e-5, atol=1e-4)
-    assert ("mv" in operations.names) == (product == "mv")
-    assert operations.names.count("copy_") == (10 if product == "exchanged" else 0)
+    assert operations.names.count("mm") == 11
+    assert operations.names.count("copy_") == (11 if product else 0)
+    # What is widened goes into one buffer: nothing else than that and the value logits is created.
+    assert product == "matrix first" or len(operations.sizes) == (2 if product else 1)
 
 
 def test_the_projection_goes_in_blocks(monkeypatch):
@@ -170,12 +186,17 @@ def test_nothing_steered_computes_nothing():
 @pytest.mark.parametrize("threads", [1, 64])
 @pytest.mark.parametrize("map_dtype", [None, torch.int64])
 @pytest.mark.parametrize("short_row", [0, 10**6], ids=["rows", "groups"])
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])
-def test_no_more_than_one_temporary_of_rows_times_columns(monkeypatch, operation, short_row, map_dtype, threads):
+def test_no_more_than_one_temporary_of_rows_times_columns(
+    monkeypatch, operation, value_dtype, short_row, map_dtype, threads
+):
     monkeypatch.setattr(value_add_module, "SHORT_ROW", short_row)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows, columns = 64, 40_000
-    case = make_case(operation, rows, columns, hidden=32, map_dtype=map_dtype, index_dtype=None)
+    case = make_case(
+        operation, rows, columns, hidden=32, value_dtype=value_dtype, map_dtype=map_dtype, index_dtype=None
+    )
     case.row_index = torch.randperm(rows + 3, device=case.logits.device)[:rows]
     with Operations() as operations:
         case.run("torch")
@@ -188,8 +209,27 @@ def test_no_more_than_one_temporary_of_rows_times_columns(monkeypatch, operation
         assert second + largest <= rows * (columns + 1)
 
 
+def test_a_narrow_value_under_a_wide_base_goes_in_groups():
+    case = make_case("value_add", 8, 7000, 50, map_dtype=torch.int32, index_dtype=None)
+    with Operations() as operations:
+        case.run("torch")
+    *_, second, largest = sorted(operations.sizes)
+    assert second + largest <= 8 * 7001
+
+
+@pytest.mark.parametrize("entry", [-1, 0])
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+def test_maps_with_and_without_gaps(value_dtype, entry):
+    for rows in (1, 3):
+        case = make_case("value_add", rows, 300, value_dtype=value_dtype, map_dtype=torch.int32, index_dtype=None)
+        case.vocab_map.clamp_(min=0)
+        case.vocab_map[7] = entry
+        check(case, "torch")
+
+
 def test_auto_on_the_cpu_is_torch(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    choose_backend.cache_clear()
     calls = []
     monkeypatch.setattr(value_add_module, "value_add_torch", lambda *args: calls.append("value_add"))
     monkeypatch.setattr(lm_head_module, "lm_head_value_add_torch", lambda *args: calls.append("lm_head"))

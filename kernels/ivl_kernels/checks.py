@@ -10,9 +10,16 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 BACKENDS = ("auto", "triton", "torch")
 
+# Shapes, strides, dtypes and devices that were found to fit: a decode step repeats them, and its rows may be short.
+_passed: set[tuple] = set()
+MOST_PASSED = 4096
 
+
+@functools.cache
 def choose_backend(backend: str, device: torch.device) -> str:
     """Resolve `"auto"`: Triton on a GPU, and on the CPU when Triton's interpreter is on; torch otherwise.
+
+    The environment is asked once, as Triton itself does.
 
     Args:
         backend: `"auto"`, `"triton"` or `"torch"`.
@@ -43,9 +50,8 @@ def is_interpreted() -> bool:
     return setting is not None and setting.lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed; asked of the file system once."""
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -95,6 +101,18 @@ def check_operands(
     Raises:
         ValueError: Naming the argument, what it is, what it has to be and how to get there.
     """
+    # A good call pays for little more than this. Devices take long to ask for; on the CPU there is only one.
+    form = (row_index is None, vocab_map is None)
+    form += (logits.shape, logits.stride(), logits.dtype, logits.is_cpu or logits.device)
+    form += (weights.shape, weights.stride(), weights.dtype, weights.is_cpu or weights.device)
+    for tensor in rows.values():
+        form += (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cpu or tensor.device)
+    if row_index is not None:
+        form += (row_index.shape, row_index.stride(), row_index.dtype, row_index.is_cpu or row_index.device)
+    if vocab_map is not None:
+        form += (vocab_map.shape, vocab_map.stride(), vocab_map.dtype, vocab_map.is_cpu or vocab_map.device)
+    if form in _passed:
+        return
     device = logits.device
     _check_matrix("logits", logits, device)
     for name, matrix in rows.items():
@@ -116,6 +134,9 @@ def check_operands(
         )
     if vocab_map is not None:
         _check_map_form(vocab_map, logits.shape[1], device)
+    if len(_passed) >= MOST_PASSED:
+        _passed.clear()
+    _passed.add(form)
 
 
 def _check_matrix(name: str, tensor: torch.Tensor, device: torch.device) -> None:

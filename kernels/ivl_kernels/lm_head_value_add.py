@@ -5,7 +5,7 @@ import torch
 from ivl_kernels.checks import check_operands, choose_backend
 from ivl_kernels.value_add import steered_rows, take_rows, value_add_torch
 
-# Bytes of the projection matrix that the torch backend widens to float32 at a time.
+# Bytes of the projection matrix, as float32, that the torch backend multiplies at a time.
 BLOCK_BYTES = 4 << 20
 
 
@@ -78,26 +78,35 @@ def lm_head_value_add_torch(
     if vocab_map is None and logits.shape[1] < matrix.shape[0]:
         matrix = matrix[: logits.shape[1]]
     value_logits = project(inputs, matrix)
-    targets = torch.tensor(rows, device=logits.device)
-    return value_add_torch(logits, value_logits, torch.tensor(factors, device=logits.device), targets, vocab_map)
+    if len(rows) < weights.shape[0]:
+        row_index = torch.tensor(rows, device=logits.device)
+        weights = torch.tensor(factors, device=logits.device)
+    return value_add_torch(logits, value_logits, weights, row_index, vocab_map)
 
 
 def project(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Multiply float32 `inputs` `[n, H]` by `matrix.T` (`[V, H]`, any dtype) in float32, giving `[n, V]`.
 
-    The BLAS library's matrix product packs the matrix anew for a handful of rows and takes three times as long as with
-    the operands exchanged; from five rows on it is the other way round.
+    Other dtypes are widened block by block into one buffer, which stays in the cache. A float32 matrix is read where it
+    is, and then the order of the operands matters: for up to four rows the BLAS library packs the matrix for nothing
+    unless it comes first, and one row is read more slowly than two, so that it goes twice.
     """
     count, (columns, width) = inputs.shape[0], matrix.shape
-    if count == 1 and matrix.dtype == torch.float32:
-        return torch.mv(matrix, inputs[0])[None]
     value_logits = torch.empty(count, columns, dtype=torch.float32, device=inputs.device)
-    block = max(1, BLOCK_BYTES // (4 * max(1, width)))
+    block = max(1, min(columns, BLOCK_BYTES // (4 * max(1, width))))
+    is_float32 = matrix.dtype == torch.float32
+    matrix_first = is_float32 and count <= 4
+    if matrix_first:
+        factors = (inputs.expand(2, width).contiguous() if count == 1 else inputs).t()
+    elif not is_float32:
+        buffer = torch.empty(block, width, dtype=torch.float32, device=inputs.device)
     for start in range(0, columns, block):
         part = slice(start, start + block)
-        rows = matrix[part].to(torch.float32)
-        if count <= 4:
-            value_logits[:, part] = torch.mm(rows, inputs.t()).t()
+        rows = matrix[part]
+        if matrix_first:
+            value_logits[:, part] = torch.mm(rows, factors)[:, :count].t()
         else:
+            if not is_float32:
+                rows = buffer[: rows.shape[0]].copy_(rows)
             torch.mm(inputs, rows.t(), out=value_logits[:, part])
     return value_logits

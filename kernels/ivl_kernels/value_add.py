@@ -1,14 +1,17 @@
 """`value_add`: add weighted value logits, which exist already, into base logits. The math, and the torch backend."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from ivl_kernels.checks import check_operands, choose_backend
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-# In the torch backend: columns below which the calls for one row take longer than its numbers, and how many rows may
-# nevertheless go one by one.
+# In the torch backend: columns below which several rows go together, since calls for each take longer than its numbers.
 SHORT_ROW = 8192
-FEW_ROWS = 16
+# Temporaries of fewer numbers than this (64 KiB) are not cut in two.
+SMALL = 16384
 
 
 def value_add(
@@ -67,28 +70,68 @@ def value_add_torch(
 ) -> torch.Tensor:
     """The torch backend: what the CPU runs, and the reference that the kernel is tested against.
 
-    Rows of float32 logits go one by one: the second pass over a row finds it in the processor's cache, and no temporary
-    grows with the batch. Rows so short that the calls would cost more than the numbers, and other dtypes, go in groups.
+    Long rows of float32 logits go one by one: the second pass over a row finds it in the processor's cache, and no
+    temporary grows with the batch. Short rows and other dtypes go in groups that stay in the cache. Temporaries never
+    hold more numbers together than one of rows × columns, except where that is less than `SMALL`.
     """
     rows, sources, factors = steered_rows(logits, weights, row_index)
-    width = value_logits.shape[1] if vocab_map is not None else min(logits.shape[1], value_logits.shape[1])
-    if not rows or width == 0:
+    count, base_width, width = len(rows), logits.shape[1], value_logits.shape[1]
+    if not (count and base_width and width):
         return logits
-    if value_logits.shape[1] != width:
-        value_logits = value_logits[:, :width]
+    changed, columns = logits, None
     if vocab_map is not None:
-        # A zero column stands before the value's own: -1 points to it once the map is shifted by one.
-        vocab_map = vocab_map + 1
-    changed = logits if vocab_map is not None or logits.shape[1] == width else logits[:, :width]
-    one_by_one = logits.dtype == torch.float32 and (width >= SHORT_ROW or len(rows) <= FEW_ROWS)
-    add = add_row_by_row if one_by_one else add_in_groups
-    add(changed, value_logits, rows, sources, factors, vocab_map)
+        columns = Columns(vocab_map)
+    elif width != base_width:
+        width = min(width, base_width)
+        changed, value_logits = logits[:, :width], value_logits[:, :width]
+    is_float32 = logits.dtype == torch.float32
+    if is_float32 and count == logits.shape[0] == value_logits.shape[0] == 1:
+        # A gather from a matrix is slow with other dtypes.
+        add_row(changed, value_logits if columns is None else value_logits[0], factors[0], columns)
+        return logits
+    if is_float32 and (count == 1 or width >= SHORT_ROW):
+        targets, values = row_views(changed, rows), row_views(value_logits, sources)
+        for target, value, factor in zip(targets, values, factors, strict=True):
+            add_row(target, value, factor, columns)
+        return logits
+    if count < value_logits.shape[0]:
+        row_index = torch.tensor(rows, device=logits.device)
+        weights = torch.tensor(factors, device=logits.device)
+    if count * (width if columns is None else max(width, base_width)) > SMALL:
+        add_in_groups(changed, value_logits, rows, sources, row_index, weights, columns)
+        return logits
+    if count < value_logits.shape[0]:
+        value_logits = take_rows(value_logits, sources)
+    add_group(changed, value_logits, rows, row_index, weights, columns)
     return logits
+
+
+class Columns:
+    """Gathers value columns into base columns through a map.
+
+    Without gaps in the map nothing but the result is created; else a column of zeros is put in front, to which -1
+    points once the map is shifted by one.
+    """
+
+    def __init__(self, vocab_map: torch.Tensor):
+        """Take the map `[V_base]`, not empty; one pass over it finds out whether there are gaps."""
+        self.has_gaps = vocab_map.min().item() < 0
+        self.indices = vocab_map + 1 if self.has_gaps else vocab_map
+
+    def creates_two(self, value: torch.Tensor) -> bool:
+        """Whether gathering float32 numbers from these takes another temporary besides the result."""
+        return self.has_gaps or value.dtype != torch.float32
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        """Give `[..., V_base]` from `[..., V_value]`, 0 where there is no partner."""
+        if self.has_gaps:
+            value = torch.cat((value.new_zeros(*value.shape[:-1], 1), value), -1)
+        return value.index_select(-1, self.indices)
 
 
 def steered_rows(
     logits: torch.Tensor, weights: torch.Tensor, row_index: torch.Tensor | None
-) -> tuple[list[int], list[int], list[float]]:
+) -> tuple[Sequence[int], Sequence[int], list[float]]:
     """Choose the rows that change, on the host: a weight that is not finite has no finite product, so it is skipped.
 
     Returns:
@@ -96,41 +139,32 @@ def steered_rows(
     """
     count = logits.shape[0]
     factors = weights.tolist()
-    targets = range(len(factors)) if row_index is None else row_index.tolist()
+    everything = range(len(factors))
+    targets = everything if row_index is None else row_index.tolist()
+    # As most calls are. The sum of numbers that are not all finite is not finite.
+    if factors and 0.0 not in factors and math.isfinite(sum(factors)) and min(targets) >= 0 and max(targets) < count:
+        return targets, everything, factors
     rows, sources, chosen = [], [], []
     for source, (row, factor) in enumerate(zip(targets, factors, strict=True)):
-        if 0.0 < abs(factor) <= FLOAT32_MAX and 0 <= row < count:
+        if 0 <= row < count and 0.0 < abs(factor) <= FLOAT32_MAX:
             rows.append(row)
             sources.append(source)
             chosen.append(factor)
     return rows, sources, chosen
 
 
-def add_row_by_row(
-    logits: torch.Tensor,
-    value_logits: torch.Tensor,
-    rows: list[int],
-    sources: list[int],
-    factors: list[float],
-    vocab_map: torch.Tensor | None,
-) -> None:
-    """Add into float32 `logits` of the value's width (or of the map's, whose entries are shifted by one)."""
-    zero = None if vocab_map is None else value_logits.new_zeros(1)
-    targets, values = row_views(logits, rows), row_views(value_logits, sources)
-    if len(rows) > 1 and value_logits.shape[1] < SHORT_ROW and is_run(sources):
-        bounds = [largest_magnitude(take_rows(value_logits, sources))] * len(sources)
+def add_row(target: torch.Tensor, value: torch.Tensor, factor: float, columns: Columns | None) -> None:
+    """Add one value row into a row of float32 logits, which has the value's width unless there is a map."""
+    bound = largest_magnitude(value)  # which leaves the row in the cache
+    if columns is not None:
+        value = columns.gather(value)
+    if bound * abs(factor) <= FLOAT32_MAX:
+        target.add_(value, alpha=factor)
     else:
-        bounds = map(largest_magnitude, values)  # in turn, so that the row is in the cache when it is added
-    for target, value, factor, bound in zip(targets, values, factors, bounds, strict=True):
-        if vocab_map is not None:
-            value = torch.cat((zero, value)).index_select(0, vocab_map)
-        if bound * abs(factor) <= FLOAT32_MAX:
-            target.add_(value, alpha=factor)
-        else:
-            target.add_(drop_non_finite(value.to(torch.float32, copy=True).mul_(factor)))
+        target.add_(value.to(torch.float32, copy=True).mul_(factor).nan_to_num_(0.0, 0.0, 0.0))
 
 
-def row_views(tensor: torch.Tensor, rows: list[int]) -> list[torch.Tensor]:
+def row_views(tensor: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
     """Views of the given rows; made in one call unless most of the rows are not wanted."""
     if len(rows) == 1 or tensor.shape[0] > 4 * len(rows):
         return [tensor[row] for row in rows]
@@ -141,27 +175,52 @@ def row_views(tensor: torch.Tensor, rows: list[int]) -> list[torch.Tensor]:
 def add_in_groups(
     logits: torch.Tensor,
     value_logits: torch.Tensor,
-    rows: list[int],
-    sources: list[int],
-    factors: list[float],
-    vocab_map: torch.Tensor | None,
+    rows: Sequence[int],
+    sources: Sequence[int],
+    row_index: torch.Tensor | None,
+    weights: torch.Tensor,
+    columns: Columns | None,
 ) -> None:
-    """Add several rows at a time, as many as stay in the cache; arguments as for `add_row_by_row`, any dtype."""
-    width = value_logits.shape[1]
-    # There may be two temporaries: together they hold no more than one of rows × columns.
-    group = min(rows_in_cache(width), -(-len(rows) // 2))
-    if vocab_map is not None:
-        products = torch.zeros(group, width + 1, dtype=torch.float32, device=logits.device)
-    scale = torch.tensor(factors, dtype=torch.float32, device=logits.device)[:, None]
-    for start in range(0, len(rows), group):
+    """Add the value rows `sources` into `rows` of `logits`, as `add_group` does, in groups that stay in the cache."""
+    count, width = len(rows), max(value_logits.shape[1], logits.shape[1])
+    # So many temporaries of a group together hold no more than one of rows × columns.
+    temporaries = 1 + (not is_run(sources)) + (columns is not None and columns.creates_two(value_logits))
+    group = min(rows_in_cache(width), -(-count // temporaries))
+    for start in range(0, count, group):
         part = slice(start, start + group)
-        targets, value, factor = rows[part], take_rows(value_logits, sources[part]), scale[part]
-        if vocab_map is None:
-            steer = drop_non_finite(torch.mul(value, factor))  # float32, as the factor is
-        else:
-            drop_non_finite(torch.mul(value, factor, out=products[: len(targets), 1:]))
-            steer = products[: len(targets)].index_select(1, vocab_map)
-        add_to_rows(logits, targets, steer)
+        index = None if row_index is None else row_index[part]
+        add_group(logits, take_rows(value_logits, sources[part]), rows[part], index, weights[part], columns)
+
+
+def add_group(
+    logits: torch.Tensor,
+    value_logits: torch.Tensor,
+    rows: Sequence[int],
+    row_index: torch.Tensor | None,
+    weights: torch.Tensor,
+    columns: Columns | None,
+) -> None:
+    """Add value rows, each times its weight, into `rows` of `logits` of any dtype, and round once.
+
+    `row_index` holds the same rows, or is None where they are consecutive.
+    """
+    factors = weights.float().view(-1, 1)
+    if columns is None and value_logits.dtype == torch.float32:
+        steer = value_logits * factors
+    else:
+        value_logits = value_logits.float()  # before the gather, which is slow for narrower numbers
+        if columns is not None:
+            value_logits = columns.gather(value_logits)
+        steer = value_logits.mul_(factors)
+    steer.nan_to_num_(0.0, 0.0, 0.0)
+    first, last = rows[0], rows[-1]
+    if last - first == len(rows) - 1 and is_run(rows):
+        logits[first : last + 1].add_(steer)
+    elif logits.dtype == torch.float32 and logits.is_contiguous():
+        logits.index_add_(0, row_index, steer)
+    else:  # index_add_ is slow with strides and cannot mix dtypes
+        views = logits.unbind(0)
+        torch._foreach_add_([views[row] for row in rows], list(steer.unbind(0)))
 
 
 def rows_in_cache(width: int) -> int:
@@ -169,12 +228,14 @@ def rows_in_cache(width: int) -> int:
     return max(1, 524288 * torch.get_num_threads() // width)
 
 
-def is_run(rows: list[int]) -> bool:
+def is_run(rows: Sequence[int]) -> bool:
     """Whether the rows are consecutive."""
-    return not rows or rows == list(range(rows[0], rows[0] + len(rows)))
+    if not rows or isinstance(rows, range):
+        return True
+    return rows == list(range(rows[0], rows[0] + len(rows)))
 
 
-def take_rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def take_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """Select rows: a view if they are consecutive, else a copy."""
     if is_run(rows):
         return tensor[rows[0] : rows[0] + len(rows)] if rows else tensor[:0]
@@ -185,19 +246,3 @@ def largest_magnitude(value: torch.Tensor) -> float:
     """The largest absolute value, or a NaN if there is one; one pass."""
     low, high = torch.aminmax(value)
     return max(-low.item(), high.item())
-
-
-def drop_non_finite(steer: torch.Tensor) -> torch.Tensor:
-    """Set NaN and infinities to 0, in place."""
-    return steer.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def add_to_rows(logits: torch.Tensor, rows: list[int], steer: torch.Tensor) -> None:
-    """Add float32 `steer` `[len(rows), width]` into the given rows of `logits` `[·, width]`, rounding once."""
-    if is_run(rows):
-        logits[rows[0] : rows[0] + len(rows)].add_(steer)
-    elif logits.dtype == torch.float32 and logits.is_contiguous():
-        logits.index_add_(0, torch.tensor(rows, device=logits.device), steer)
-    else:  # index_add_ is slow with strides and cannot mix dtypes
-        views = logits.unbind(0)
-        torch._foreach_add_([views[row] for row in rows], list(steer.unbind(0)))
