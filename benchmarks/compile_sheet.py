@@ -21,6 +21,13 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 89, 90, 100)
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# What the solvers hand to their one kernel. With several experts it runs as "fusion", as "trust_region" along the ray,
+# and with a pair and targets, as it does for the trust region of a pair.
+SOLVERS = {
+    "fusion": {"HAS_MINUS": True, "HAS_TARGETS": False},
+    "trust_region": {"HAS_MINUS": False, "HAS_TARGETS": True},
+    "joint_fusion": {"HAS_MINUS": True, "HAS_TARGETS": True},
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -45,7 +52,7 @@ MULTIPROCESSORS = {
 class Variant(NamedTuple):
     """One compiled kernel: which, for which rows, types and argument properties."""
 
-    kernel: str  # "value_add", "lm_head_value_add", "fusion" or "trust_region"
+    kernel: str  # "value_add", "lm_head_value_add", "fusion", "trust_region" or "joint_fusion"
     rows: int
     value_dtype: torch.dtype = torch.bfloat16
     logits_dtype: torch.dtype = torch.float32
@@ -71,7 +78,7 @@ def default_variants() -> list[Variant]:
     ]
     solvers = [
         Variant(kernel, 64, dtype, has_map=has_map)
-        for kernel, dtype, has_map in itertools.product(("fusion", "trust_region"), (bf16, fp32), (False, True))
+        for kernel, dtype, has_map in itertools.product(SOLVERS, (bf16, fp32), (False, True))
     ]
     return value_add + head + [Variant("lm_head_value_add", 64, ragged=True)] + solvers
 
@@ -93,11 +100,10 @@ def compile_variant(variant: Variant, architecture: int, columns: int = 151936, 
         constants |= {"BLOCK": config.block}
         pointers = {"logits": logits, "value": value}
         aligned += ["value", "value_stride"]
-    elif variant.kernel in ("fusion", "trust_region"):
+    elif variant.kernel in SOLVERS:
         kernel, config = triton_fusion.fusion_kernel, triton_fusion.CONFIG
         options = {"num_warps": config.num_warps}
-        is_pair = variant.kernel == "fusion"
-        constants |= {"HAS_MINUS": is_pair, "HAS_TARGETS": not is_pair, "ITERATIONS": ITERATIONS, "BLOCK": config.block}
+        constants |= SOLVERS[variant.kernel] | {"ITERATIONS": ITERATIONS, "BLOCK": config.block}
         pointers = {"base": logits, "plus": value, "minus": value}
         pointers |= dict.fromkeys(("results", "limits", "targets"), "*fp32")
         aligned = ["base", "plus", "minus", "vocab_map", "base_stride", "plus_stride", "minus_stride", *aligned[3:]]
