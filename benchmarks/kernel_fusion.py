@@ -9,13 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+import scipy
 import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "kernels"))  # from a checkout, installed or not
 
 import ivl_kernels  # noqa: E402
-from kernel_timing import environment, progress, time_cpu  # noqa: E402
+from kernel_timing import CPU_CLOCK, environment, progress, time_cpu  # noqa: E402
 
 STEP, LARGEST = 0.1, 2.0  # the paper's grid
 
@@ -94,7 +95,9 @@ def measure(quick: bool) -> dict:
         case["largest_objective"] = {"ours": float(found.max()), "grid search": float(searched.max())}
         case["mean_excess_of_grid_search"] = float((searched - found).mean())
         results.append(case)
-    return {"environment": environment(torch.device("cpu")), "grid": {"step": STEP, "last": LARGEST}, "cases": results}
+    found = environment(torch.device("cpu")) | {"scipy": scipy.__version__}
+    grid = {"step": STEP, "last": LARGEST}
+    return {"environment": found, "clock": CPU_CLOCK, "grid": grid, "cases": results}
 
 
 def main() -> None:

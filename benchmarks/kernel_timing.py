@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -125,18 +126,28 @@ def rotating_sets(make: Callable[[], Inputs], cache_bytes: int) -> list[Inputs]:
     return sets
 
 
+ROUNDS = 5
+CPU_CLOCK = (
+    f"steps in turns, {ROUNDS} rounds; of each step the round with the least median, against load from elsewhere"
+)
+
+
 def time_cpu(steps: dict[str, Callable[[], None]], seconds: float = 1.0) -> dict[str, Timing]:
-    """Time steps on the CPU in turns, so that a change of load meets them all."""
+    """Time steps on the CPU in turns, so that a change of load meets them all; see `CPU_CLOCK`."""
     for step in steps.values():
         step()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(taken.values()))) < 7:
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            taken[name].append((time.perf_counter() - start) * 1e6)
-    return {name: summary(values) for name, values in taken.items()}
+    rounds: dict[str, list[Timing]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        taken: dict[str, list[float]] = {name: [] for name in steps}
+        end = time.perf_counter() + seconds / ROUNDS
+        while time.perf_counter() < end or len(next(iter(taken.values()))) < 3:
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                taken[name].append((time.perf_counter() - start) * 1e6)
+        for name, values in taken.items():
+            rounds[name].append(summary(values))
+    return {name: min(timings) for name, timings in rounds.items()}
 
 
 def time_host(step: Callable[[], None], calls: int = 300) -> float:
@@ -166,6 +177,7 @@ def environment(device: torch.device) -> dict:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_model": cpu_model(),
     }
     if device.type == "cuda":
         import triton
@@ -176,6 +188,17 @@ def environment(device: torch.device) -> dict:
         found |= {"gpu": properties.name, "driver": driver, "cuda": torch.version.cuda, "triton": triton.__version__}
         found |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
     return found
+
+
+def cpu_model() -> str:
+    """The processor's name, family, model and stepping, as Linux gives them; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    numbers = (f"{key} {found[key]}" for key in ("cpu family", "model", "stepping") if key in found)
+    return ", ".join([found.get("model name", platform.processor()), *numbers])
 
 
 def progress(cases: list) -> tqdm.tqdm:

@@ -38,7 +38,7 @@ def draw(report: dict, output: Path) -> None:
         output: The PNG to write.
     """
     has_bandwidth = "copy_gb_per_s" in report
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12 if has_bandwidth else 14, 4.5), layout="constrained")
     for panel, operation in zip(panels, OPERATIONS, strict=True):
         cases = [case for case in report["cases"] if case["operation"] == operation]
         for label, line in lines_of(cases).items():
@@ -46,7 +46,7 @@ def draw(report: dict, output: Path) -> None:
             if has_bandwidth:
                 draw_bandwidth(panel, label, line, rows)
             else:
-                panel.plot(rows, [case["times_faster"] for case in line], "o-", label=label)
+                draw_speed_up(panel, label, line, rows)
         panel.axhline(
             report["copy_gb_per_s"] if has_bandwidth else 1.0,
             color="black",
@@ -58,16 +58,37 @@ def draw(report: dict, output: Path) -> None:
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.set_xlabel("rows")
         panel.set_ylabel("GB/s" if has_bandwidth else "times faster than the naive expression")
-        panel.set_ylim(bottom=0)
+        if has_bandwidth:
+            panel.set_ylim(bottom=0)
+        else:
+            panel.set_yscale("log", base=2)
+            panel.yaxis.set_major_formatter("{x:g}")
         panel.set_title(operation)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+        outside = {} if has_bandwidth else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        panel.legend(fontsize="small" if has_bandwidth else "x-small", **outside)
     environment = report["environment"]
     threads = environment["threads"]
     machine = environment.get("gpu", f"CPU ({environment['cpu']}, {threads} thread{'s' if threads > 1 else ''})")
     figure.suptitle(f"{machine}, torch {environment['torch']}, {environment['date']}")
     figure.savefig(output, dpi=150)
     plt.close(figure)
+
+
+def draw_speed_up(panel: plt.Axes, label: str, line: list[dict], rows: list[int]) -> None:
+    """Draw one line: colour for the columns, squares for bfloat16, dashes for a map.
+
+    Where the naive expression gives other numbers, a dotted line shows the speed against the one that gives the same.
+    """
+    widths = [1000, 4096, 8192, 32_000, 151_936]
+    columns, is_bfloat16 = line[0]["columns"], line[0]["value_dtype"] == "bfloat16"
+    color = f"C{widths.index(columns) if columns in widths else len(widths)}"
+    style = {"color": color, "marker": "s" if is_bfloat16 else "o", "markersize": 4}
+    dashes = "--" if line[0].get("has_map") else "-"
+    panel.plot(rows, [case["times_faster"] for case in line], linestyle=dashes, label=label, **style)
+    if any(case["times_faster_same_numbers"] != case["times_faster"] for case in line):
+        same = [case["times_faster_same_numbers"] for case in line]
+        panel.plot(rows, same, linestyle=":", label=f"{label}, naive with fp32 sums", **style)
 
 
 def draw_bandwidth(panel: plt.Axes, label: str, line: list[dict], rows: list[int]) -> None:
