@@ -75,7 +75,10 @@ def test_the_whole_forward_where_all_networks_are_needed_and_pieces_else(make):
     new, ask = make
     runner, found = new(CUDAGraphMode.FULL_AND_PIECEWISE), steps()
     choose_graphs(runner, found)
-    choose_graphs(runner, found)  # once is enough
+    owner = getattr(runner, "cudagraph_manager", None) or runner.cudagraph_dispatcher
+    dispatch = owner.dispatch
+    choose_graphs(runner, found)
+    assert owner.dispatch is dispatch  # once is enough
     assert ask(runner) == CUDAGraphMode.FULL
     for needed in (frozenset(), frozenset({1})):
         found.needed = needed
@@ -103,6 +106,15 @@ def test_what_the_runner_forbids_stays_forbidden():
         found.needed = needed
         assert v1_mode(runner, valid_modes=frozenset({CUDAGraphMode.NONE})) == CUDAGraphMode.NONE
         assert v1_mode(runner, invalid_modes={CUDAGraphMode.FULL}) == CUDAGraphMode.PIECEWISE
+
+
+def test_breakable_graphs_hold_all_networks(make, monkeypatch):
+    new, ask = make
+    runner, found = new(CUDAGraphMode.FULL_AND_PIECEWISE), steps()
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    choose_graphs(runner, found)
+    found.needed = frozenset()
+    assert ask(runner) == CUDAGraphMode.FULL
 
 
 def test_a_runner_without_graphs_is_left_alone():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cascade_models import mark_scheme
 from parity import Reference, Request, assert_parity, engine, random_requests, run, sampling_params
+from sibling_models import make_sibling, value_rows
 from tiny import VOCAB, make_model
 
 import ivl_vllm
@@ -90,28 +91,35 @@ def test_torch_compile(models, tmp_path, monkeypatch):
     from vllm.compilation.counter import compilation_counter
 
     cascade = mark_scheme(make_model(tmp_path / "cascade", seed=14, layers=1), "cascade")
+    sibling = make_sibling(models["value"], tmp_path / "sibling", seed=15)
     values = {"a": {"model": str(models["value"])}, "b": {"model": str(cascade)}}
+    values["c"] = {"model": str(sibling), "minus": str(models["value"])}
     with (
-        compilation_counter.expect(num_models_seen=3),
+        compilation_counter.expect(num_models_seen=4),
         engine(models["base"], **ivl_vllm.engine_args(values=values), enforce_eager=False) as llm,
     ):
-        requests = random_requests(24, seed=41, names=("a", "b"), last_arrival=10)
+        assert value_rows(llm).groups == [(0, 2), (1,)]
+        requests = random_requests(24, seed=41, names=("a", "b", "c"), last_arrival=10)
         outputs = run(llm, requests)
-    assert_parity(Reference(models["base"], {"b": "cascade"}, a=models["value"], b=cascade), requests, outputs)
+    folders = {"a": models["value"], "b": cascade, "c": (sibling, models["value"])}
+    assert_parity(Reference(models["base"], {"b": "cascade"}, **folders), requests, outputs)
 
 
 def test_two_ranks(models, tmp_path):
     """Tensor parallelism over two processes (gloo), started from a process of its own."""
     cascade = mark_scheme(make_model(tmp_path / "cascade", seed=12, heads=2, kv_heads=2), "cascade+text")
-    folders = [str(folder) for folder in (models["base"], models["value"], cascade)]
+    sibling = make_sibling(models["value"], tmp_path / "sibling", seed=15)
+    folders = [str(folder) for folder in (models["base"], models["value"], cascade, sibling)]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "two_ranks.py"), *folders],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0 and "parity on 2 ranks" in done.stdout, (done.stdout + done.stderr)[-4000:]
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0 and "parity on 2 ranks" in done.stdout, printed[-4000:]
+    assert "projected once" in printed  # of each matrix a rank has its own part
 
 
 def test_dummy_weights(tmp_path):

@@ -135,7 +135,7 @@ class FakeNetwork:
         self._function = function
 
     def no_hidden(self, rows):
-        return torch.zeros(rows, 8)
+        return torch.zeros(rows, 64, dtype=self.model.lm_head.weight.dtype)
 
     def value_logits(self, hidden):
         return self._function(self.model.lm_head(hidden))
@@ -150,17 +150,18 @@ class FakeNetwork:
         (lambda x: x, lambda x: x, (None, "a"), False),
         (lambda x: x, lambda x: x / 8, (None, None), False),
         (lambda x: x + 1, lambda x: x + 1, (None, None), False),
-        (lambda x: 30 * (x / 30).tanh(), lambda x: 30 * (x / 30).tanh(), (None, None), False),
+        (lambda x: 300 * (x / 300).tanh(), lambda x: 300 * (x / 300).tanh(), (None, None), False),
     ],
     ids=["plain", "scaled", "one_map", "two_maps", "two_scales", "bias", "soft_cap"],
 )
-def test_what_is_projected_together(monkeypatch, one, other, maps, together):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_projected_together(monkeypatch, one, other, maps, together, dtype):
     from ivl_vllm.serving import shared_weights
 
     monkeypatch.setattr(shared_weights, "get_tensor_model_parallel_world_size", lambda: 1)
     torch.manual_seed(0)
-    head = nn.Linear(8, 50, bias=False)
-    networks = [FakeNetwork(head, one), FakeNetwork(nn.Linear(8, 50, bias=False), one), FakeNetwork(head, other)]
+    head, another = (nn.Linear(64, 50, bias=False, dtype=dtype) for _ in range(2))
+    networks = [FakeNetwork(head, one), FakeNetwork(another, one), FakeNetwork(head, other)]
     sources = [NetworkSource("x", maps[0]), NetworkSource("y", maps[0]), NetworkSource("z", maps[1])]
     expected = [(0, 2), (1,)] if together else [(0,), (1,), (2,)]
     assert shared_weights.projection_groups(networks, sources) == expected
@@ -186,18 +187,37 @@ def test_sums_of_hidden_states():
     together, alone = weights.of_rows(slots, groups)
     assert together.networks == (0, 1, 2) and alone.networks == (3,)
     rows, scale = together.summed(hidden)
-    assert together.row_index.tolist() == [1, 3] and scale.tolist() == [1.0, 1.0]
-    torch.testing.assert_close(rows, expected[[1, 3]])
+    assert together.row_index.tolist() == [1, 3] and scale.tolist() == [2.5, 1.0]
+    torch.testing.assert_close(scale[:, None] * rows, expected[[1, 3]])
     rows, scale = alone.summed(hidden)
     assert alone.row_index.tolist() == [0, 1] and scale.tolist() == [3.0, 1.0]
     assert torch.equal(rows, hidden[3][:2])
 
     together, alone = weights.of_slots(torch.from_numpy(slots), slots, groups)
     rows, scale = together.summed(hidden)
-    assert together.row_index is None and scale.tolist() == [0.0, 1.0, 0.0, 1.0]
-    torch.testing.assert_close(rows, expected)
+    assert together.row_index is None and scale.tolist() == [0.0, 2.5, 0.0, 1.0]
+    torch.testing.assert_close(scale[:, None] * rows, expected)
     # Networks that no running request uses may have sat the step out.
     only = weights.of_rows(torch.tensor([0, 1]).numpy(), groups)
     assert [addition.networks for addition in only] == [(0, 1)]
     rows, _ = only[0].summed([hidden[0], hidden[1], None, None])
     torch.testing.assert_close(rows, (hidden[0] - hidden[1])[[0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_does_not_notice_which_siblings_others_use(dtype):
+    """In half precision either: neither rounded more once a sibling joins, nor beyond the largest number."""
+    from ivl_vllm.serving.request_weights import RequestWeights
+
+    weights = RequestWeights(2, 2, torch.device("cpu"))
+    weights.set(0, [9.7, 0.0])
+    weights.flush()
+    hidden = [torch.randn(2, 64).to(dtype) * 7000 for _ in range(2)]
+    groups = [(0, 1)]
+    alone = weights.of_rows(torch.tensor([0, 1]).numpy(), groups)[0].summed(hidden)
+    weights.set(1, [1.0, -1.0])
+    weights.flush()
+    rows, scale = weights.of_rows(torch.tensor([0, 1]).numpy(), groups)[0].summed(hidden)
+    assert torch.equal(rows[0], alone[0][0]) and scale[0] == alone[1][0]
+    assert rows.isfinite().all()
+    assert torch.equal(rows[1], (hidden[0][1].float() - hidden[1][1].float()).to(dtype))

@@ -9,12 +9,14 @@ import ivl_vllm
 
 
 def main() -> None:
-    base, value, cascade = map(Path, sys.argv[1:4])
-    requests = random_requests(24, seed=43, names=("a", "b"), last_arrival=10)
+    base, value, cascade, sibling = map(Path, sys.argv[1:5])
+    requests = random_requests(24, seed=43, names=("a", "b", "c"), last_arrival=10)
     values = {"a": {"model": str(value)}, "b": {"model": str(cascade)}}
+    values["c"] = {"model": str(sibling), "minus": str(value)}
     with engine(base, **ivl_vllm.engine_args(values=values), tensor_parallel_size=2) as llm:
         outputs = run(llm, requests)
-    assert_parity(Reference(base, {"b": "cascade+text"}, a=value, b=cascade), requests, outputs)
+    folders = {"a": value, "b": cascade, "c": (sibling, value)}
+    assert_parity(Reference(base, {"b": "cascade+text"}, **folders), requests, outputs)
     print(f"parity on 2 ranks: {len(requests)} requests")
 
 

@@ -17,7 +17,8 @@ def choose_graphs(runner: Any, steps: Steps) -> None:
     """Has a model runner replay graphs in pieces in steps that not all networks are needed in.
 
     Between the pieces of one model and the next runs Python, which leaves the other networks out. Where the runner has
-    no graphs in pieces for such a step, it replays the whole forward, all networks included.
+    no graphs in pieces for such a step, it replays the whole forward, all networks included; so it does where the
+    pieces are those of vLLM's breakable graphs, which replay the whole forward too.
 
     Args:
         runner: vLLM's model runner, V1 or V2; may be asked before every step, as runners replace their dispatchers.
@@ -25,6 +26,8 @@ def choose_graphs(runner: Any, steps: Steps) -> None:
     """
     from vllm.config import CUDAGraphMode
 
+    if _pieces_hold_everything():
+        return
     owner = getattr(runner, "cudagraph_manager", None) or getattr(runner, "cudagraph_dispatcher", None)
     if owner is None or getattr(owner.dispatch, "ivl", False):
         return
@@ -47,3 +50,11 @@ def choose_graphs(runner: Any, steps: Steps) -> None:
 
     in_pieces.ivl = True
     owner.dispatch = in_pieces
+
+
+def _pieces_hold_everything() -> bool:
+    try:
+        from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+    except ImportError:  # an older vLLM
+        return False
+    return is_breakable_cudagraph_enabled()

@@ -30,18 +30,19 @@ class Addition(NamedTuple):
             hidden: `[rows, hidden]` of every network of the engine.
 
         Returns:
-            `[n, hidden]` in their dtype, and fp32 `[n]`. Several networks' weights are in the hidden states already:
-            what is left is 1, or 0 for a row that none of them has a weight for.
+            `[n, hidden]` in their dtype, and fp32 `[n]`. A row's largest weight stays outside of its sum: so what one
+            network alone contributes does not change when others join it, and no weight enlarges the sum.
         """
         parts = [hidden[n] if self.row_index is None else hidden[n][self.row_index] for n in self.networks]
         if len(parts) == 1:
             return parts[0], self.weights[0]
-        used = self.weights != 0
+        largest = self.weights.abs().amax(0)
+        shares = self.weights / torch.where(largest > 0, largest, 1.0)
         total = torch.zeros(parts[0].shape, dtype=torch.float32, device=self.weights.device)
-        for part, weight, member in zip(parts, self.weights, used, strict=True):
+        for part, share, weight in zip(parts, shares, self.weights, strict=True):
             # A network that a request does not use has read none of its earlier tokens: anything may stand here.
-            total += torch.where(member[:, None], part.float() * weight[:, None], 0.0)
-        return total.to(parts[0].dtype), used.any(0).float()
+            total += torch.where((weight != 0)[:, None], part.float() * share[:, None], 0.0)
+        return total.to(parts[0].dtype), largest
 
 
 class RequestWeights:

@@ -23,6 +23,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 # So large that a soft cap of the logits shows.
 PROBE = 100.0
+# Bytes that are compared at a time.
+CHUNK = 1 << 26
 
 
 def share_equal_weights(model: nn.Module, others: Sequence[nn.Module]) -> int:
@@ -42,7 +44,7 @@ def share_equal_weights(model: nn.Module, others: Sequence[nn.Module]) -> int:
         theirs = dict(other.named_parameters(remove_duplicate=False))
         for name, own in model.named_parameters():
             if name in theirs and _equal(own.data, theirs[name].data):
-                saved += own.untyped_storage().nbytes()
+                saved += own.numel() * own.element_size()
                 own.data = theirs[name].data
         modules = dict(other.named_modules(remove_duplicate=False))
         for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -57,7 +59,8 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if (one.shape, one.stride(), one.dtype, one.device) != (other.shape, other.stride(), other.dtype, other.device):
         return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    ours, theirs = (matrix.reshape(-1).view(torch.uint8).split(CHUNK) for matrix in (one, other))
+    return all(map(torch.equal, ours, theirs))
 
 
 def _same_table(module: nn.Module, other: nn.Module | None) -> bool:
@@ -66,7 +69,10 @@ def _same_table(module: nn.Module, other: nn.Module | None) -> bool:
         return False
     own, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (module, other))
     return own.keys() == theirs.keys() and all(
-        tensor.numel() and tensor.data_ptr() == theirs[name].data_ptr() and tensor.shape == theirs[name].shape
+        tensor.numel()
+        and tensor.data_ptr()
+        and tensor.data_ptr() == theirs[name].data_ptr()
+        and tensor.shape == theirs[name].shape
         for name, tensor in own.items()
     )
 
@@ -104,10 +110,9 @@ def _one_projection(one: Network, other: Network) -> bool:
     probe = one.no_hidden(2)
     probe += torch.linspace(-PROBE, PROBE, probe.numel(), device=probe.device).view_as(probe).to(probe.dtype)
     ours, theirs = one.value_logits(probe).float(), other.value_logits(probe).float()
-    summed = one.value_logits(probe.sum(0, keepdim=True)).float()
-    # A bias or a soft cap is more than a projection.
-    tolerance = torch.finfo(probe.dtype).eps * 8 * ours.abs().max().item() + 1e-6
-    linear = torch.allclose(ours.sum(0, keepdim=True), summed, rtol=0.0, atol=tolerance)
+    # A bias or a soft cap is more than a projection. Twice as much is exact in every dtype.
+    twice, nothing = one.value_logits(2 * probe).float(), one.value_logits(0 * probe)
+    linear = torch.equal(twice, 2 * ours) and not nothing.any()
     return _on_all_ranks(linear and torch.equal(ours, theirs))
 
 
