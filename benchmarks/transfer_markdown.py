@@ -142,11 +142,13 @@ def expert_table(found: dict[str, Any]) -> str:
 
 
 def rates_table(tuned: dict[str, list[dict[str, Any]]]) -> str:
-    """The learning rate of each fine-tuned base on each seed."""
+    """The learning rate of each fine-tuned base on each seed, and the steps until it stopped early or was done."""
     seeds = len(next(iter(tuned.values())))
     rows = [["base", *(f"seed {seed}" for seed in range(seeds))]]
     for base, found in tuned.items():
-        rows.append([base, *(f"{one['learning_rate']:g}{' (**edge**)' if one['edge'] else ''}" for one in found)])
+        cells = (f"{one['learning_rate']:g}, {one['steps']} steps" for one in found)
+        flags = (" (**edge**)" if one["edge"] else "" for one in found)
+        rows.append([base, *(cell + flag for cell, flag in zip(cells, flags, strict=True))])
     return markdown_table(rows)
 
 
@@ -200,7 +202,7 @@ def render(report: dict[str, Any]) -> str:
         settings_table(chosen["value_training"]),
         "All that the residual network tried:",
         tried_table(chosen["value_training"]["residual"]),
-        "## Learning rates of the fine-tuned bases",
+        "## Learning rates of the fine-tuned bases, and steps that were made",
         rates_table(report["fine_tuning"]),
         f"## {PROXY.capitalize()} on the validation splits, beside M (exact match)",
         expert_table(chosen["proxy_tuning"]),

@@ -53,9 +53,10 @@ NOTES = (
     "split of seed 0, all but the map beside M. The residual value network has weight 1. Nothing was chosen on "
     "test items.",
     "Share: of the gap between base alone and fine-tuned base. Training, relative to fine-tuning the target: FLOPs "
-    "(6 · parameters · tokens, and 2 · parameters · tokens for a frozen base) and seconds (two stages run side by "
-    "side), of the chosen run, without searches and the pre-training of S on either side; proxy-tuning's is that of "
-    "fine-tuning S. Added per token: multiplications that serving the value adds, relative to the base alone.",
+    "(6 · parameters · tokens, and 2 · parameters · tokens for a frozen base) and seconds (two stages ran side by "
+    "side, with some other work at times), of the chosen run, without searches and the pre-training of S on either "
+    "side; proxy-tuning's is that of fine-tuning S. Added per token: multiplications that serving the value adds, "
+    "relative to the base alone.",
     f"Average: over {', '.join(TASKS)}. `{NEWS}` are facts that only L2's newer text tells; no demonstration is about "
     "them. Words that are the same backwards are never asked or told, and a word and its reversal are in one part of "
     "the split.",
@@ -192,4 +193,4 @@ def build(stages: list[Stage], folders: dict[str, Path], scale: Scale, seeds: in
 def chosen_rate(tuned: dict[str, Any], scale: Scale) -> dict[str, Any]:
     """The learning rate of a fine-tuned base, whether it lies on the edge of the grid, and what was tried."""
     chosen, grid = {"learning_rate": tuned["learning_rate"]}, {"learning_rate": scale.tuning_rates}
-    return {**chosen, "edge": bool(edges(chosen, grid)), "tries": tuned["tries"]}
+    return {**chosen, "steps": tuned["steps"], "edge": bool(edges(chosen, grid)), "tries": tuned["tries"]}

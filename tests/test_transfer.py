@@ -289,7 +289,7 @@ def test_a_rate_on_the_edge_is_flagged(transfer):
     scale = transfer.family.SCALES["cpu"]
     tables = []
     for rate in (scale.tuning_rates[0], scale.tuning_rates[3], scale.tuning_rates[-1]):
-        found = transfer.report.chosen_rate({"learning_rate": rate, "tries": {}}, scale)
+        found = transfer.report.chosen_rate({"learning_rate": rate, "steps": 400, "tries": {}}, scale)
         tables.append(transfer.markdown.rates_table({"L": [found]}))
     assert ["edge" in table for table in tables] == [True, False, True]
 
