@@ -31,14 +31,17 @@ def verdict(met: bool | None) -> str:
 def transfer(report: dict[str, Any]) -> str:
     """Average accuracy of the main ways of answering on every target base, and the goals."""
     targets = report["targets"]
-    shown = ("base alone", "residual", "cascade", "no norm", "proxy-tuning", "fine-tuned")
+    shown = ("base alone", "residual", "cascade+text", "no norm", "proxy-tuning", "fine-tuned")
     rows = []
     for label in shown:
         cells = [target["rows"].get(label, {}).get("average") for target in targets.values()]
         rows.append(
             [label, *(f"{c['mean']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "–" for c in cells)],
         )
-    goals = [[goal["goal"], goal["measured"], verdict(goal["met"])] for goal in report["goals"]]
+    goals = []
+    for goal in report["goals"]:
+        unsure = ", not by the lower bound" if goal["met"] and not goal["sure"] else ""
+        goals.append([goal["goal"], goal["measured"], verdict(goal["met"]) + unsure])
     environment = report["environment"]
     made = (
         f"`{report['command']}`: {report['seeds']} seeds, {report['wall_seconds'] / 60:.0f} minutes on "
@@ -56,6 +59,23 @@ def maps(report: dict[str, Any]) -> str:
         by_input.setdefault(reading, []).append(cells["average"]["mean"])
     rows = [[f"`--input {reading}`", f"{min(f):.2f} to {max(f):.2f}"] for reading, f in by_input.items()]
     return table(["", "exact match on X over the other settings of the map"], rows)
+
+
+def experts(report: dict[str, Any]) -> str:
+    """Several experts of one task each: share of the gap to fine-tuning."""
+    targets = report["several_experts"]
+    rows = [
+        [
+            label,
+            *(
+                f"{c['mean']:.0%} [{c['low']:.0%}, {c['high']:.0%}]"
+                for c in (t[label]["share"] for t in targets.values())
+            ),
+        ]
+        for label in next(iter(targets.values()))
+        if label not in ("base alone", "fine-tuned")
+    ]
+    return table(["share of the gap [95 % interval]", *targets], rows)
 
 
 def throughput(report: dict[str, Any]) -> str:
@@ -133,6 +153,7 @@ def solver(report: dict[str, Any]) -> str:
 # Name in the README → file of results and what to make of it.
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "transfer": ("transfer.json", transfer),
+    "experts": ("transfer.json", experts),
     "maps": ("transfer.json", maps),
     "throughput": ("throughput-cpu.json", throughput),
     "peers": ("throughput-cpu.json", peers),
