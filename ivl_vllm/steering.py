@@ -47,9 +47,9 @@ def parse_steering(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
     """Reads a request's `extra_args`.
 
     Raises:
-        ValueError: anything but a number, a boolean, `{"name": number}`, `"name=number,other=number"`, `"auto"`,
-            `"auto:name,other"`, such a string with `;max_kl=number` or `;trace=name` behind it; an unknown name; a
-            weight that is not finite or beyond `max_weight`; a trace where the engine has no `trace_file`.
+        ValueError: anything but a number, a boolean, `{"name": number}`, a number as a string, `"name=number,..."`,
+            `"auto"`, `"auto:name,other"`, such a string with `;max_kl=number` or `;trace=name` behind it; an unknown
+            name; a weight that is not finite or beyond `max_weight`; a trace where the engine has no `trace_file`.
     """
     if "ivl" not in (extra_args or {}):
         return Steering(_checked(settings, {_first(settings): settings.default_weight}))
@@ -63,7 +63,7 @@ def parse_steering(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
         if max_kl is not None:
             raise ValueError(f"ivl: {asked!r} has a max_kl, but auto finds its own weight: ask for one of the two")
         return Steering(auto=_auto_names(settings, body, asked), trace=trace)
-    number = _number(body) if options else None
+    number = _number(body)
     weights = _pairs(body, asked) if number is None else {_first(settings): number}
     return Steering(_checked(settings, weights), max_kl=max_kl, trace=trace)
 
@@ -83,7 +83,7 @@ def _checked(settings: Settings, asked: Mapping[Any, Any]) -> dict[str, float]:
         if abs(weight) > settings.max_weight:
             raise ValueError(
                 f"ivl: weight {weight:g} of {name!r} is beyond max_weight={settings.max_weight:g}: "
-                "ask for less, or start the engine with a larger max_weight"
+                'ask for less, or start the engine with a larger max_weight in additional_config["ivl"]'
             )
         if weight:
             weights[name] = weight
@@ -91,6 +91,8 @@ def _checked(settings: Settings, asked: Mapping[Any, Any]) -> dict[str, float]:
 
 
 def _known(settings: Settings, name: Any) -> None:
+    if name in _OPTIONS and name not in settings.values:
+        raise ValueError(f'ivl: {name} stands in a string, behind the weights, as in "1.0;max_kl=2.0" or "1.0;trace=a"')
     if name not in settings.values:
         raise ValueError(f"ivl: unknown value {name!r}: this engine has {', '.join(settings.values)}")
 
@@ -139,7 +141,8 @@ def _trace(settings: Settings, name: str | None) -> str | None:
         return None
     if settings.trace_file is None:
         raise ValueError(
-            f"ivl: trace={name!r}, but this engine writes no traces: start it with trace_file in its settings"
+            f"ivl: trace={name!r}, but this engine writes no traces: "
+            'start it with trace_file in additional_config["ivl"]'
         )
     if not _TRACE_NAME.fullmatch(name):
         raise ValueError(f"ivl: trace={name!r} is no name: use up to 64 letters, digits, '_', '.', '-'")
@@ -160,7 +163,8 @@ def _pairs(text: str, asked: str) -> dict[str, float]:
         name, equals, number = (piece.strip() for piece in part.partition("="))
         weight = _number(number)
         if not equals or weight is None:
-            raise ValueError(f"ivl: {asked!r} is not a weight: {_EXAMPLES}")
+            what = "" if part == asked else f" of {asked!r}"
+            raise ValueError(f"ivl: {part.strip()!r}{what} is not a weight: {_EXAMPLES}")
         if name in pairs:
             raise ValueError(f"ivl: {name!r} is given twice in {asked!r}: name each value once")
         pairs[name] = weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -78,7 +79,7 @@ def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) ->
     Args:
         path: the trace file.
         tokenizer: folder or hub id of the base.
-        names: traces to draw; None for all.
+        names: traces to draw; one that several requests had in common stands for all of them. None for all.
         output: where to; its ending says what.
 
     Raises:
@@ -90,10 +91,12 @@ def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) ->
     if ending not in (".html", ".png"):
         raise ValueError(f"--output is {output!r}: end it in .html or .png")
     traces = read_trace(path)
+    chosen = traces if names is None else {}
     for name in names or ():
-        if name not in traces:
+        found = {name} if name in traces else {t for t in traces if re.fullmatch(rf"{re.escape(name)} \d+", t)}
+        if not found:
             raise ValueError(f"--name is {name!r}, but {path} has {', '.join(traces) or 'no trace'}")
-    chosen = {name: traces[name] for name in (names or traces)}
+        chosen |= {each: tokens for each, tokens in traces.items() if each in found}
     if not any(chosen.values()):
         raise ValueError(f"{path} has no trace: ask for one with a request's ;trace=NAME")
     try:

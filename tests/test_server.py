@@ -116,7 +116,7 @@ def good_requests(count: int) -> list[dict]:
 BAD = [
     "strong",
     "",
-    "1.0",
+    "1.0x",
     "math=",
     "math=1,math=1",
     "other=1.0",

@@ -1,6 +1,7 @@
 """The trace of how far tokens were steered, from the engine's file to the picture."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -108,6 +109,14 @@ def test_requests_of_one_name_are_kept_apart(tmp_path):
     path.write_text("\n".join([line(0, 5, None), line(1, 6, 5), line(0, 8, None, request="s")]))
     traces = read_trace(str(path))
     assert {name: [token.token for token in tokens] for name, tokens in traces.items()} == {"a 1": [5, 6], "a 2": [8]}
+
+
+@pytest.mark.parametrize("name, drawn", [("a", ["a 1", "a 2"]), ("a 2", ["a 2"]), ("b", ["b"])])
+def test_a_name_stands_for_all_requests_that_shared_it(models, tmp_path, name, drawn):
+    path, picture = tmp_path / "trace.jsonl", tmp_path / "picture.html"
+    path.write_text("\n".join([line(0, 5, None), line(0, 8, None, request="s"), line(0, 3, None, "b")]))
+    assert main(["trace", str(path), "--tokenizer", str(models["base"]), "--name", name, "-o", str(picture)]) == 0
+    assert re.findall("<h3>(.*?)</h3>", picture.read_text()) == drawn
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", "{}", line(0, 1, None).replace("0.5", '"x"')])
