@@ -130,6 +130,9 @@ def network_config(vllm_config: VllmConfig, network: str) -> ModelConfig:
     from vllm.config import ModelConfig
 
     base = vllm_config.model_config
+    is_folder = os.path.isdir(network)
+    if not is_folder:  # said first: asking a hub that cannot be reached takes minutes
+        logger.info("ivl: value network %r: no such folder here, so it is taken for a hub id", network)
     try:
         return ModelConfig(
             model=network,
@@ -145,8 +148,11 @@ def network_config(vllm_config: VllmConfig, network: str) -> ModelConfig:
     except (ValueError, OSError) as error:
         # pydantic wraps the reason in a dump of all arguments
         reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error
-        kind = "folder" if os.path.isdir(network) else "no folder here, taken for a hub id"
-        raise ValueError(f"ivl: the value network {network!r} ({kind}) cannot be used: {reason}") from error
+        kind = "folder" if is_folder else "no folder here, taken for a hub id"
+        raise ValueError(
+            f"ivl: the value network {network!r} ({kind}) cannot be used: {reason}; "
+            "give the folder of a causal LM, such as ivl train writes, or its hub id"
+        ) from error
 
 
 def network_scheme(network: str) -> str:

@@ -52,6 +52,14 @@ class IVLModelLoader(BaseModelLoader):
         if model_config.runner_type == "draft":
             return base
         settings = engine_settings(vllm_config)
+        told = "; ".join(f"{name}: {value.model}" for name, value in settings.values.items())
+        logger.info(
+            "ivl: values %s; default_weight %g, max_weight %g, traces %s",
+            told,
+            settings.default_weight,
+            settings.max_weight,
+            settings.trace_file or "off",
+        )
         networks: list[Network] = []
         for source in settings.networks:
             networks.append(_load_network(vllm_config, source, networks, load_format))
