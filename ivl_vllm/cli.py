@@ -78,6 +78,7 @@ def _train(words: list[str]) -> int:
     try:
         run = prepare(words)
     except ValueError as error:
+        _leave_processes()
         raise _InputError(error) from error
     status = 0
     try:

@@ -46,9 +46,8 @@ def one_process(family, tmp_path_factory):
         "--lr=0.01",
         # Not so small that Adam turns rounding into steps.
         "--adam_epsilon=0.01",
-        "--use_cpu=true",
     ]
-    train(family, root / "one", *common, "--batch_size=16")
+    train(family, root / "one", *common, "--batch_size=16", "--use_cpu=true")
     return root, common
 
 
@@ -65,7 +64,15 @@ def assert_same_run(root, output):
 
 def test_two_processes_match_one(family, one_process, tmp_path):
     root, common = one_process
-    done = run_process(family, tmp_path / "two", *common, "--batch_size=8", start=(*TWO, "-m", "ivl_vllm.cli"))
+    # Without --use_cpu: where there is no accelerator, the processes meet on the CPU by themselves.
+    done = run_process(
+        family,
+        tmp_path / "two",
+        *common,
+        "--batch_size=8",
+        start=(*TWO, "-m", "ivl_vllm.cli"),
+        environment={"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trainable parameters: ") == 1
     assert_same_run(root, tmp_path / "two")
@@ -73,8 +80,16 @@ def test_two_processes_match_one(family, one_process, tmp_path):
 
 def test_two_sharded_processes_match_one_resume_and_save_in_half_precision(family, one_process, tmp_path):
     root, common = one_process
-    sharded = (*common, "--batch_size=8", "--fsdp=full_shard", "--save_strategy=steps", "--save_steps=4")
+    sharded = (
+        *common,
+        "--use_cpu=true",
+        "--batch_size=8",
+        "--fsdp=full_shard",
+        "--save_strategy=steps",
+        "--save_steps=4",
+    )
     two, again = tmp_path / "two", tmp_path / "again"
+    sharded = (*sharded, "--batch_size=8")
     done = run_process(family, two, *sharded, "--save_total_limit=2", start=SHARDED)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(root, two)
@@ -98,10 +113,41 @@ def test_sharding_that_would_not_happen_is_refused(family, tmp_path, capsys):
     from ivl_vllm.training.command import _check_sharding
 
     assert cli.main(["train", *flags(family, tmp_path / "never", "--fsdp=full_shard", "--use_cpu=true")]) == 2
-    assert "ivl train: error: Using fsdp only works in distributed training" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "ivl train: error: --fsdp full_shard: there is one process (WORLD_SIZE is not set)" in err
+    assert "torchrun --nproc_per_node N -m ivl_vllm.cli train" in err and "or leave --fsdp out" in err
+    assert not (tmp_path / "never").exists()
     # As accelerate leaves it for several processes on the CPU, without a word.
-    with pytest.raises(ValueError, match="--fsdp: nothing would be sharded"):
-        _check_sharding(SimpleNamespace(args=SimpleNamespace(fsdp=True), is_fsdp_enabled=False))
+    told = SimpleNamespace(fsdp=True, device="cpu", world_size=2)
+    with pytest.raises(ValueError, match="--fsdp was given, but on the device cpu of 2 processes nothing would be"):
+        _check_sharding(SimpleNamespace(args=told, is_fsdp_enabled=False))
+
+
+def test_several_processes_that_form_no_group_are_refused(family, tmp_path, capsys, monkeypatch):
+    from ivl_vllm.training import processes, trainer
+
+    words = ["train", *flags(family, tmp_path / "never")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert "ivl train: error: WORLD_SIZE is 2 in the environment, but not LOCAL_RANK" in err
+    assert "torchrun --nproc_per_node 2 " in err and "unset WORLD_SIZE" in err
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert processes.needs_cpu() != torch.accelerator.is_available()
+    # As on a machine whose accelerator has no way to talk to the other process.
+    monkeypatch.setattr(trainer, "needs_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert "ivl train: error: WORLD_SIZE is 2 in the environment, but the processes formed no group" in err
+    assert "--use_cpu true" in err
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert cli.main(words) == 2
+    assert "WORLD_SIZE is 'two' in the environment; expected a whole number" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

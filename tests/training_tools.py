@@ -129,10 +129,12 @@ def train(family, output, *more):
     return run.trainer
 
 
-def run_process(family, output, *more, start=("-m", "ivl_vllm.cli")):
+def run_process(family, output, *more, start=("-m", "ivl_vllm.cli"), environment=None):
     """`ivl train` in processes of its own, as a user starts it."""
     words = [sys.executable, *map(str, start), "train", *flags(family, output, *more)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=200, env={**ENVIRONMENT, **(environment or {})}
+    )
 
 
 def logged(folder, name="loss"):

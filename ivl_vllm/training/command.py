@@ -186,8 +186,9 @@ def _describe(trainer: ValueTrainer, card: Card, folder: Path, place: Path) -> N
 def _check_sharding(trainer: ValueTrainer) -> None:
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
-            "--fsdp: nothing would be sharded; accelerate shards over several processes with a GPU each (torchrun "
-            "--nproc_per_node N) and ignores the flag elsewhere"
+            f"--fsdp was given, but on the device {trainer.args.device} of {trainer.args.world_size} processes nothing "
+            "would be sharded: accelerate shards over processes with a GPU each and ignores the flag elsewhere; "
+            "leave --fsdp out"
         )
 
 

@@ -18,6 +18,7 @@ from ivl_vllm.training.frozen_bases import FrozenBases
 from ivl_vllm.training.joint_loss import JointLoss
 from ivl_vllm.training.objective import answer_mask, norm_mask
 from ivl_vllm.training.preparation import Limits, Preparation
+from ivl_vllm.training.processes import check_group, check_launch, needs_cpu
 from ivl_vllm.training.progress import use_progress_lines
 from ivl_vllm.training.saving import SafeSaving
 
@@ -29,6 +30,8 @@ class TrainerArguments(CommonArguments, SFTConfig):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("--output is missing: the folder for the trained value network")
+        check_launch(self.fsdp)
+        self.use_cpu = self.use_cpu or needs_cpu()
         has_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = has_gpu and torch.cuda.is_bf16_supported() and not self.fp16
@@ -36,6 +39,7 @@ class TrainerArguments(CommonArguments, SFTConfig):
         # It would log a plausible number in the place of NaN, and waits for the device at each step to do so.
         self.logging_nan_inf_filter = False
         super().__post_init__()
+        check_group(self.world_size)
 
 
 class ValueTrainer(SafeSaving, Preparation):

@@ -1,0 +1,68 @@
+"""Several processes of one run: `torchrun` says in the environment how many there are, and they must find each other.
+
+Processes that do not would each train alone and write into one folder.
+"""
+
+import os
+
+_LAUNCH = "torchrun --nproc_per_node {} -m ivl_vllm.cli train ..."
+
+
+def world_size() -> int:
+    """Processes of the run, as the environment says (`WORLD_SIZE`); 1 where it says nothing.
+
+    Raises:
+        ValueError: It is no whole number.
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    try:
+        return int(given)
+    except ValueError as error:
+        raise ValueError(f"WORLD_SIZE is {given!r} in the environment; expected a whole number, or unset it") from error
+
+
+def needs_cpu() -> bool:
+    """Whether several processes were started where no accelerator is: they meet over gloo if told to use the CPU."""
+    import torch
+
+    return world_size() > 1 and "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+
+
+def check_launch(fsdp: str | None) -> None:
+    """Refuse what can be seen before the processes look for each other, for which they would wait for minutes.
+
+    Args:
+        fsdp: What was given to `--fsdp`.
+
+    Raises:
+        ValueError: Several processes were announced and not started by a launcher, or `--fsdp` has one process.
+    """
+    size = world_size()
+    if size > 1 and "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE is {size} in the environment, but not LOCAL_RANK, so this process would train alone: start "
+            f"all {size} with {_LAUNCH.format(size)}, or unset WORLD_SIZE for one process"
+        )
+    if fsdp and size == 1:
+        raise ValueError(
+            f"--fsdp {fsdp}: there is one process (WORLD_SIZE is {os.environ.get('WORLD_SIZE') or 'not set'}) and so "
+            f"nothing to shard over; start one for each GPU with {_LAUNCH.format('N')}, or leave --fsdp out"
+        )
+
+
+def check_group(found: int) -> None:
+    """Refuse processes that formed no group.
+
+    Args:
+        found: How many processes the trainer sees.
+
+    Raises:
+        ValueError: The environment says more.
+    """
+    size = world_size()
+    if found == 1 and size > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {size} in the environment, but the processes formed no group and each would train alone "
+            "into one folder; give --use_cpu true to train on the CPU, or start one process without torchrun "
+            "(and with WORLD_SIZE unset)"
+        )
