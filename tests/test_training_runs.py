@@ -1,5 +1,6 @@
 """A run that is killed, resumed, ended by a diverging loss, or judged by its best checkpoint."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from training_tools import (
     flags,
     logged,
     make_family,
+    make_model,
+    make_tokenizer,
     run_process,
     train,
     weights,
@@ -22,6 +25,7 @@ from training_tools import (
 from ivl_vllm import cli
 from ivl_vllm.training.divergence import TrainingDivergedError
 from ivl_vllm.training.ivl_config import IVLConfig
+from ivl_vllm.training.run_record import RECORD_NAME
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,73 @@ def test_a_new_run_does_not_mix_with_checkpoints_of_an_earlier_one(family, tmp_p
     assert "there is no checkpoint in" in capsys.readouterr().err
     assert cli.main(["train", *flags(family, tmp_path / "new", f"--resume={tmp_path}")]) == 2
     assert "no such checkpoint" in capsys.readouterr().err
+
+
+OTHER_RUNS = {
+    "--scheme=cascade+text": "--scheme was residual and now is cascade+text",
+    "--lambda=0.5": "--norm_weight (--lambda) was 1.0 and now is 0.5",
+    "--norm=l2": "--norm was l1 and now is l2",
+    "--norm_positions=all": "--norm_positions was answer and now is all",
+    "--base_noise=0.1": "--base_noise was 0.0 and now is 0.1",
+    "--seed=7": "--seed was 42 and now is 7",
+    "--lora_rank=2": "--lora_rank was 0 and now is 2",
+    "--base={family}/small": "--base was {family}/base and now is {family}/small",
+    "--init={family}/base": "--init was {family}/small and now is {family}/base",
+    "--more_bases={family}/other": "--more_bases was not given and now is {family}/other",
+    "--data={family}/held_out.jsonl": "--data was {family}/train.jsonl and now is {family}/held_out.jsonl",
+}
+
+
+def refusal(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ivl train: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_flag_values_and_fix(family, whole, capsys):
+    for flag, message in OTHER_RUNS.items():
+        words = flags(family, whole, *STEPS, "--resume=last", flag.format(family=family))
+        assert cli.main(["train", *words]) == 2, flag
+        told = refusal(capsys)
+        assert f"--resume {whole / 'checkpoint-8'}: that checkpoint is of another run: " in told
+        assert message.format(family=family) in told
+        assert "Give the earlier values" in told and f"--init {whole / 'checkpoint-8'} starts from" in told
+    # The result is no checkpoint.
+    assert not (whole / RECORD_NAME).exists()
+
+
+def test_files_that_moved_are_the_same_run_and_files_that_changed_are_not(family, whole, tmp_path, capsys):
+    from ivl_vllm.training.command import prepare
+
+    moved = shutil.copytree(family, tmp_path / "moved")
+    output = shutil.copytree(whole, tmp_path / "value")
+    more = ("--resume=last", "--lr=1e-4", "--logging_steps=3", "--max_steps=9", "--save_steps=5")
+    prepare(flags(moved, output, *more))
+    with (moved / "train.jsonl").open("a") as stream:
+        stream.write((moved / "held_out.jsonl").read_text())
+    assert cli.main(["train", *flags(moved, output, *more)]) == 2
+    assert f"--data was {family / 'train.jsonl'} and now is {moved / 'train.jsonl'}" in refusal(capsys)
+    shutil.copy(family / "train.jsonl", moved)
+    other = make_model(moved / "base", make_tokenizer(), hidden=48, seed=9)
+    assert cli.main(["train", *flags(moved, output, *more)]) == 2
+    assert f"--base was {family / 'base'} and now is {other}" in refusal(capsys)
+
+
+def test_a_checkpoint_without_a_record_resumes_with_a_warning(family, whole, tmp_path, capsys):
+    output = shutil.copytree(whole, tmp_path / "value")
+    for record in output.glob(f"checkpoint-*/{RECORD_NAME}"):
+        record.unlink()
+    more = (*STEPS, "--max_steps=9", "--resume=last")
+    # What its ivl_config.json says is compared nonetheless, and so are the weights' shapes.
+    assert cli.main(["train", *flags(family, output, *more, "--scheme=cascade")]) == 2
+    assert "--scheme was residual and now is cascade" in refusal(capsys)
+    assert cli.main(["train", *flags(family, output, *more, f"--init={family / 'base'}")]) == 2
+    told = refusal(capsys)
+    assert ".weight has the shape [" in told and "give the --init that the run started with" in told
+    trainer = train(family, output, *more)
+    assert trainer.state.global_step == 9
+    assert f"the checkpoint has no {RECORD_NAME}" in capsys.readouterr().err
+    assert (output / "checkpoint-9" / RECORD_NAME).is_file()
 
 
 def test_resume_continues_with_the_same_weights(family, tmp_path):

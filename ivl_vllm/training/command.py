@@ -10,6 +10,7 @@ import transformers
 import trl
 
 from ivl_vllm.training import curves, models
+from ivl_vllm.training.base_cache import fingerprint
 from ivl_vllm.training.data import read_examples, split_examples, to_dataset
 from ivl_vllm.training.folders import list_checkpoints
 from ivl_vllm.training.frozen_bases import load_more_bases
@@ -18,6 +19,7 @@ from ivl_vllm.training.lora import add_lora
 from ivl_vllm.training.model_card import Card, serve_command
 from ivl_vllm.training.parsing import parse
 from ivl_vllm.training.preparation import Limits, check_packing
+from ivl_vllm.training.run_record import RunRecord, check_shapes
 from ivl_vllm.training.trainer import ValueTrainer
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
@@ -99,6 +101,10 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     else:
         value, stored_dtype = models.load_value(init_name, flag, value_args.zero_output_layer)
     vocab_size = value.config.get_text_config().vocab_size
+    record = _record(value_args, args.seed, (base_name, base), (init_name, value), (more_names, more_bases))
+    if args.resume_from_checkpoint:
+        record.check_resume(Path(args.resume_from_checkpoint))
+        check_shapes(value, Path(args.resume_from_checkpoint), "--init_config" if value_args.init_config else flag)
     if value_args.lora_rank:
         value = add_lora(value, value_args.lora_rank, args.seed)
 
@@ -155,7 +161,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
             keep_end=args.truncation_mode == "keep_end",
             vocab_size=min(vocab_size, *(b.config.get_text_config().vocab_size for b in (base, *more_bases))),
         ),
-        on_save=lambda folder, place: _describe(trainer, card, folder, place),
+        on_save=lambda folder, place: _describe(trainer, card, record, folder, place),
     )
     _check_sharding(trainer)
     if args.packing or args.eval_packing:
@@ -174,12 +180,22 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     return TrainingRun(trainer, output, value_args.save_dtype, stored_dtype)
 
 
-def _describe(trainer: ValueTrainer, card: Card, folder: Path, place: Path) -> None:
+def _record(args: Any, seed: int, base: tuple, init: tuple, more: tuple[list, list]) -> RunRecord:
+    names = {"base": base[0], "init": None if args.init_config else init[0], "more_bases": more[0]}
+    prints = {"base": fingerprint(base[1]), "more_bases": " ".join(map(fingerprint, more[1]))}
+    if not args.init_config:
+        prints["init"] = fingerprint(init[1])
+    return RunRecord.of(args, seed, names, prints)
+
+
+def _describe(trainer: ValueTrainer, card: Card, record: RunRecord, folder: Path, place: Path) -> None:
     """Write what lies beside the weights; the picture only beside the result, as drawing takes about a second."""
     history = trainer.state.log_history
     curves.write_log(folder, history)
     if place == Path(trainer.args.output_dir):
         curves.draw_curves(folder, history)
+    else:
+        record.write(folder)
     card.write(folder, place)
 
 
