@@ -1,6 +1,7 @@
 """`ivl train` from flags to a trained folder: the loss that falls, the log, the frozen base, the files."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -225,6 +226,15 @@ def test_same_seed_same_weights_and_another_seed_others(family, tmp_path):
     flat = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
     assert torch.equal(flat[0], flat[1])
     assert not torch.equal(flat[0], flat[2])
+
+
+def test_without_matplotlib_the_run_says_that_there_is_no_picture(family, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    train(family, tmp_path / "value", "--max_steps=2", "--save_strategy=steps", "--save_steps=1")
+    out = capsys.readouterr().out
+    assert out.count("curves.png was not drawn: it needs matplotlib, pip install 'ivl-vllm[train]'") == 1
+    assert (tmp_path / "value" / "model.safetensors").is_file()
+    assert not (tmp_path / "value" / "curves.png").exists()
 
 
 def test_curves_are_drawn_linked_and_inspected(family, tmp_path, capsys):

@@ -79,6 +79,27 @@ def test_beginnings_of_flags_and_negative_numbers_are_no_mistyped_flags():
     assert (value_args.norm_weight, args.max_steps) == (0.5, -1)
 
 
+def test_trackers_that_are_unknown_or_missing_are_told_before_anything_is_loaded(monkeypatch):
+    from transformers.integrations import integration_utils
+
+    from ivl_vllm.training.parsing import parse
+
+    words = ["--base=x", "--data=y", "--output=z"]
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(integration_utils, "is_comet_available", lambda: False)
+    for name, message in {
+        "tensorboard": "its package is missing; pip install 'ivl-vllm[train]', or leave the flag out",
+        "comet_ml": "its package is missing; pip install comet-ml, or leave the flag out",
+        "tensorbord": "no such tracker; did you mean tensorboard?; expected none, all, or one of azure_ml, ",
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            parse([*words, f"--report_to={name}"])
+        assert str(caught.value).startswith(f"--report_to {name}: {message}")
+    monkeypatch.undo()
+    assert parse([*words, "--report_to=tensorboard"])[1].report_to == ["tensorboard"]
+    assert parse(words)[1].report_to == []
+
+
 @pytest.mark.parametrize("flag", ["--base", "--init", "--more_bases"])
 def test_a_name_that_is_neither_folder_nor_on_the_hub_is_told_at_once(family, tmp_path, capsys, monkeypatch, flag):
     """The hub's client would retry for a minute; here its server is a port that nobody listens on."""

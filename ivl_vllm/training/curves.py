@@ -44,7 +44,7 @@ def draw_curves(folder: Path, history: list[dict[str, Any]]) -> bool:
     """Draw `curves.png`, one panel each for loss, ce and norm, train and held out.
 
     Returns:
-        Whether it was drawn: not without matplotlib, nor where nothing was logged.
+        Whether it was drawn: not without matplotlib, which one printed line then tells, nor where nothing was logged.
     """
     curves = read_curves(history)
     if not curves:
@@ -53,6 +53,7 @@ def draw_curves(folder: Path, history: list[dict[str, Any]]) -> bool:
         # Without pyplot: no display is looked for and no global state is touched.
         from matplotlib.figure import Figure
     except ImportError:
+        print(f"{PNG_NAME} was not drawn: it needs matplotlib, pip install 'ivl-vllm[train]'", flush=True)
         return False
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):

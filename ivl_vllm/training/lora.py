@@ -27,7 +27,7 @@ def add_lora(model: "PreTrainedModel", rank: int, seed: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("--lora_rank needs PEFT: pip install peft") from error
+        raise ValueError(f"--lora_rank {rank} needs PEFT: pip install 'ivl-vllm[train]', or leave it out") from error
     from transformers import set_seed
 
     set_seed(seed)

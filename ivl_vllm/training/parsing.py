@@ -76,4 +76,25 @@ def parse(argv: Sequence[str]) -> tuple[ValueArguments, TrainerArguments]:
         raise ValueError("--config needs the path of a YAML file") from error
     if surplus:
         raise ValueError(f"nothing takes the word {surplus[0]!r}; a flag has one value, but for --more_bases {_HELP}")
+    _check_trackers(args.report_to)
     return value_args, args
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that is unknown or not installed; the trainer would after everything is loaded, at length."""
+    from transformers.integrations import integration_utils
+
+    available = integration_utils.get_available_reporting_integrations()
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"--report_to {name}: no such tracker{_nearest(name, known)}; expected none, all, or one of "
+                f"{', '.join(known)}"
+            )
+        # transformers itself does not tell of flyte whether it is there.
+        if name not in available and name != "flyte":
+            package = "'ivl-vllm[train]'" if name == "tensorboard" else name.replace("_", "-")
+            raise ValueError(
+                f"--report_to {name}: its package is missing; pip install {package}, or leave the flag out"
+            )
