@@ -1,5 +1,6 @@
 """A run that is killed, resumed, ended by a diverging loss, or judged by its best checkpoint."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from training_tools import (
     make_family,
     make_model,
     make_tokenizer,
+    next_letter_rows,
     run_process,
     train,
     weights,
+    write_rows,
 )
 
 from ivl_vllm import cli
@@ -82,6 +85,20 @@ def test_killed_while_saving_leaves_the_last_checkpoint_and_resumes_on_the_same_
     for step in expected:
         assert got[step] == pytest.approx(expected[step], rel=1e-5), step
     assert_close_weights(weights(output), weights(whole), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_follow_the_umask(family, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        more = ("--max_steps=2", "--save_strategy=steps", "--save_steps=1", f"--cache_base={tmp_path / 'cache'}")
+        train(family, tmp_path / "value", *more)
+    finally:
+        os.umask(before)
+    files = [path for folder in ("value", "cache") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert [path for path in files if path.parent.name == "cache" and path.suffix == ".safetensors"]
+    assert {"model.safetensors", "ivl_config.json", "optimizer.pt"} <= {path.name for path in files}
+    assert {path: oct(path.stat().st_mode & 0o777) for path in files} == dict.fromkeys(files, oct(0o666 & ~umask))
 
 
 def test_killed_from_outside_in_mid_run(family, tmp_path):
@@ -196,6 +213,20 @@ def test_resume_continues_with_the_same_weights(family, tmp_path):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("strategy", "steps"), [("steps", [1, 5, 7]), ("epoch", [1, 4, 7]), ("no", [])])
+def test_the_last_step_is_logged_and_told(family, tmp_path, capsys, strategy, steps):
+    data = write_rows(tmp_path / "data.jsonl", next_letter_rows(64, 0))
+    output = tmp_path / "value"
+    first = f"--logging_first_step={'false' if strategy == 'no' else 'true'}"
+    more = (f"--data={data}", f"--logging_strategy={strategy}", first, "--logging_steps=5", "--max_steps=7")
+    train(family, output, *more, "--disable_tqdm=false")
+    assert list(logged(output)) == list(logged(output, "ce")) == steps
+    assert ("step 7: loss " in capsys.readouterr().out) == bool(steps)
+    assert cli.main(["inspect", str(output)]) == 0
+    for text in (capsys.readouterr().out, (output / "README.md").read_text()):
+        assert ("at step 7" in text) == bool(steps)
+
+
 def test_the_best_checkpoint_is_kept_and_loaded(family, tmp_path):
     trainer = train(
         family,
@@ -305,7 +336,7 @@ def test_a_broken_last_step_is_neither_evaluated_nor_saved(family, tmp_path):
     run = broken_run(
         family, tmp_path / "value", 5, lambda total: total + torch.inf, "--max_steps=5", "--eval_fraction=0.1"
     )
-    with pytest.raises(TrainingDivergedError, match="the loss is not finite at step 5"):
+    with pytest.raises(TrainingDivergedError, match="loss is inf at step 5; no checkpoint"):
         run.run()
     assert run.trainer.joint_loss.calls == 5
     assert not (tmp_path / "value" / "config.json").exists()

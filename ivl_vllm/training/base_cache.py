@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, TrainerCallback
 
+from ivl_vllm.training.folders import new_file_mode
 from ivl_vllm.training.frozen_bases import FrozenBases
 
 META_NAME = "base_cache.json"
@@ -186,6 +187,7 @@ def _write_atomically(path: Path, write: Any) -> None:
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         write(partial)
+        os.chmod(partial, new_file_mode(path.parent))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -6,10 +6,32 @@ no loader accepts a folder, goes first and comes last, so that old and new files
 """
 
 import os
+import uuid
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
 PREFIX = "checkpoint-"
+
+
+def new_file_mode(folder: Path) -> int:
+    """The mode that a new file gets in `folder`, which follows the umask.
+
+    safetensors writes through a temporary file that nobody but its owner may read.
+    """
+    probe = folder / f".{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink()
+
+
+def share_files(folder: Path) -> None:
+    """Give every file below `folder` the mode that a new file has there."""
+    mode = new_file_mode(folder)
+    for root, _, names in os.walk(folder):
+        for name in names:
+            os.chmod(os.path.join(root, name), mode)
 
 
 def flush_folder(folder: Path) -> None:
@@ -36,6 +58,7 @@ def publish_folder(stage: Path, target: Path) -> None:
         stage: A finished folder.
         target: Its name from now on. What lies there is replaced.
     """
+    share_files(stage)
     flush_folder(stage)
     if target.exists():
         # A folder that is not empty cannot be renamed over. The old one stays whole beside the new one.
@@ -51,6 +74,7 @@ def publish_files(stage: Path, target: Path) -> None:
         stage: A finished folder with a `config.json`.
         target: Folder that takes the files; weights of an earlier run that have no successor are removed.
     """
+    share_files(stage)
     flush_folder(stage)
     (target / "config.json").unlink(missing_ok=True)
     # Else a model in one file would lie beside the shards of an earlier one.

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
 
 # Logged name → shown name; what is not listed goes to the history and to TensorBoard alone.
 SHOWN = {
@@ -51,6 +59,18 @@ class ProgressLines(ProgressCallback):
         line = log_line(logs or {}, state.global_step)
         if line and state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.write(line)
+
+
+class LogsLastStep(TrainerCallback):
+    """Logs the last step too, wherever `logging_steps` ends; the model card and `ivl inspect` tell its values."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a log where no step follows, unless nothing is to be logged at all."""
+        if control.should_training_stop and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+        return control
 
 
 def use_progress_lines(trainer: Trainer) -> None:

@@ -19,7 +19,7 @@ from ivl_vllm.training.joint_loss import JointLoss
 from ivl_vllm.training.objective import answer_mask, norm_mask
 from ivl_vllm.training.preparation import Limits, Preparation
 from ivl_vllm.training.processes import check_group, check_launch, needs_cpu
-from ivl_vllm.training.progress import use_progress_lines
+from ivl_vllm.training.progress import LogsLastStep, use_progress_lines
 from ivl_vllm.training.saving import SafeSaving
 
 
@@ -106,6 +106,7 @@ class ValueTrainer(SafeSaving, Preparation):
             processing_class=processing_class,
         )
         use_progress_lines(self)
+        self.add_callback(LogsLastStep())
         # Not a submodule of the trained model: neither the optimizer, nor a checkpoint, nor `model.train()` reach it.
         self.base = base.to(self.args.device)
         everyone = [self.base, *(other.to(self.args.device) for other in more_bases)]
