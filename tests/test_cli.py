@@ -127,7 +127,7 @@ def test_inspect_refuses_in_one_line(value_folder, tmp_path, capsys):
     (encoder / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     for folder, message in {
-        tmp_path / "absent": "no such folder",
+        tmp_path / "absent": "absent: no such folder; give the --output of ivl train, or the folder of any causal LM",
         tmp_path / "empty": "no config.json",
         encoder: "no causal LM",
         weightless: "no model*.safetensors",

@@ -95,6 +95,10 @@ def test_plain_completions_learn_to_stop(family, tmp_path):
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
             "line 2: messages, but line 1 is plain text",
         ),
+        ('{"prompt": "a", "completion": 3}\n', "the prompt is text and the completion is the number 3"),
+        ('{"prompt": ["a"], "completion": null}\n', "the prompt is a list and the completion is null"),
+        ('{"prompt": "a", "completon": "b"}\n', "; got completon, prompt; did you mean 'completion' by 'completon'?"),
+        ('{"message": []}\n', "; got message; did you mean 'messages' by 'message'?"),
     ],
 )
 def test_bad_lines_are_told_with_their_number(tmp_path, content, message):

@@ -339,4 +339,10 @@ def test_a_broken_last_step_is_neither_evaluated_nor_saved(family, tmp_path):
     with pytest.raises(TrainingDivergedError, match="loss is inf at step 5; no checkpoint"):
         run.run()
     assert run.trainer.joint_loss.calls == 5
-    assert not (tmp_path / "value" / "config.json").exists()
+    # A run that wrote nothing leaves nothing, and no file of the user's goes with it.
+    assert not (tmp_path / "value").exists()
+    (tmp_path / "value").mkdir()
+    (tmp_path / "value" / "notes.txt").write_text("mine")
+    with pytest.raises(TrainingDivergedError):
+        broken_run(family, tmp_path / "value", 1, lambda total: total + torch.inf, "--max_steps=5").run()
+    assert [path.name for path in (tmp_path / "value").iterdir()] == ["notes.txt"]

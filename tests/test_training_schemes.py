@@ -121,7 +121,9 @@ def test_another_vocabulary_among_the_bases_is_told(family, tmp_path, capsys):
 
     strange = make_model(tmp_path / "strange", make_tokenizer(words=["a", "b"]))
     assert cli.main(["train", *flags(family, tmp_path / "never", f"--more_bases={strange}")]) == 2
-    assert "its vocabulary is not that of --base" in capsys.readouterr().err
+    told = f"--base {family / 'base'} and --more_bases {strange} have different vocabularies (20 and 5 tokens; "
+    err = capsys.readouterr().err
+    assert told in err and "choose --more_bases from the base's family" in err
 
 
 @pytest.mark.parametrize("scheme", ["residual", "cascade", "cascade+text"])

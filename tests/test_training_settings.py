@@ -41,7 +41,8 @@ def test_yaml_file_with_flags_on_top(tmp_path):
     assert (args.packing, args.resume_from_checkpoint, args.bf16, args.adam_beta2) == (False, "last", False, 0.95)
     assert args.report_to == ["tensorboard"]
     config.write_text("base: x\ndata: y\noutput: z\nlearning_rte: 1\n")
-    with pytest.raises(ValueError, match="--config: unknown setting 'learning_rte'; did you mean learning_rate?"):
+    message = f"--config {config}: unknown setting 'learning_rte'; did you mean learning_rate"
+    with pytest.raises(ValueError, match=message):
         parse(["--config", str(config)])
     for name, given in {"norm": "l3", "norm_positions": "prompt", "base_mix": "sum"}.items():
         config.write_text(f"base: x\ndata: y\noutput: z\n{name}: {given}\n")
@@ -182,8 +183,11 @@ def bad_inputs(family, tmp_path):
     (adapter / "adapter_config.json").write_text("{}")
     narrow = make_model(tmp_path / "narrow", make_tokenizer(words=WORDS[:6]))
     make_tokenizer().save_pretrained(narrow)
+    broken, listed = tmp_path / "broken.yaml", tmp_path / "listed.yaml"
+    broken.write_text("base: [x")
+    listed.write_text("- base")
     return {
-        "--base=./nowhere": "--base ./nowhere: no such folder",
+        "--base=./nowhere": "--base ./nowhere: no such folder; give the folder of a model, or its id on the hub",
         "--init=/nowhere/at/all": "--init /nowhere/at/all: no such folder",
         f"--base={empty}": "no config.json",
         f"--init={adapter}": "merge it first",
@@ -192,17 +196,23 @@ def bad_inputs(family, tmp_path):
         f"--init={narrow}": "beyond a network's vocabulary",
         f"--output={family / 'small'}": "would be overwritten",
         f"--output={family / 'train.jsonl'}": "a file is in the way",
-        f"--data={tmp_path / 'absent'}": "no such file",
+        f"--data={tmp_path / 'absent'}": f"--data {tmp_path / 'absent'}: no such file; give the path of a file of JSON",
+        f"--eval_data={tmp_path / 'absent'}": f"--eval_data {tmp_path / 'absent'}: no such file; give the path of",
+        f"--data={tmp_path}": f"--data {tmp_path} is a folder; expected one file of JSON lines",
         "--max_length=4": "no answer tokens are left",
         "--norm=l3": "l3",
         "--norm_positions=prompt": "prompt",
-        "--norm_weight=-1": "--norm_weight is -1.0",
-        "--norm_weight=nan": "--norm_weight is nan",
+        "--lambda=-1": "--norm_weight (--lambda) is -1.0; expected a finite number from 0 up",
+        "--norm_weight=nan": "--norm_weight (--lambda) is nan",
         "--eval_fraction=1.5": "--eval_fraction is 1.5",
         "--no_such_flag=1": "unknown flag --no_such_flag (see: ivl train --help)",
         "--normweight=1": "unknown flag --normweight; did you mean --norm_weight?",
         "--lr=fast": "invalid float value",
-        f"--config={tmp_path / 'absent.yaml'}": "absent.yaml",
+        f"--config={tmp_path / 'absent.yaml'}": f"--config {tmp_path / 'absent.yaml'}: No such file or directory; give "
+        "the path of a YAML file",
+        f"--config={broken}": f"--config {broken}: no YAML: ",
+        f"--config={listed}": f"--config {listed}: its content is no mapping of names to values",
+        "--config": "--config has no value; give the path of a YAML file",
     }
 
 
@@ -213,7 +223,7 @@ def test_bad_input_is_one_line_and_exit_status_2(family, tmp_path, capsys):
         assert cli.main(["train", *flags(family, output, flag)]) == 2, flag
         err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ivl train: error: ")]
         assert len(err) == 1, flag
-        assert message in err[0]
+        assert message in err[0], err
         assert not (output / "model.safetensors").exists()
 
 

@@ -53,7 +53,7 @@ def test_starts_that_cannot_be(family, tmp_path, capsys):
     (tmp_path / "narrow.json").write_text(json.dumps({**content, "vocab_size": 6}))
     (tmp_path / "odd.json").write_text(json.dumps({**content, "num_attention_heads": 0}))
     for words, message in {
-        (f"--init_config={tmp_path / 'absent.json'}",): "No such file",
+        (f"--init_config={tmp_path / 'absent.json'}",): "No such file or directory; give a config.json, or the folder",
         (f"--init_config={tmp_path / 'text.json'}",): "no JSON",
         (f"--init_config={tmp_path / 'list.json'}",): "no model_type",
         (f"--init_config={tmp_path / 'encoder.json'}",): "no causal LM can be built from it",

@@ -135,7 +135,7 @@ class ValueArguments:
             if (given := getattr(self, name)) not in words:
                 raise ValueError(f"--{name} is {given!r}; expected {', '.join(words[:-1])} or {words[-1]}")
         if not math.isfinite(self.norm_weight) or self.norm_weight < 0:
-            raise ValueError(f"--norm_weight is {self.norm_weight}; expected a finite number that is not negative")
+            raise ValueError(f"--norm_weight (--lambda) is {self.norm_weight}; expected a finite number from 0 up")
         if not math.isfinite(self.base_temperature) or self.base_temperature <= 0:
             raise ValueError(f"--base_temperature is {self.base_temperature}; expected a finite number above 0")
         if not math.isfinite(self.base_noise) or self.base_noise < 0:

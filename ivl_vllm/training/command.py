@@ -1,5 +1,6 @@
 """`ivl train`: arguments in, a checked and ready trainer, the trained folder out."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,6 +21,7 @@ from ivl_vllm.training.model_card import Card, serve_command
 from ivl_vllm.training.parsing import parse
 from ivl_vllm.training.preparation import Limits, check_packing
 from ivl_vllm.training.run_record import RunRecord, check_shapes
+from ivl_vllm.training.saving import TrainingDivergedError
 from ivl_vllm.training.trainer import ValueTrainer
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
@@ -48,9 +50,15 @@ class TrainingRun:
         """
         import torch
 
-        self.trainer.train(resume_from_checkpoint=self.trainer.args.resume_from_checkpoint)
         dtype = self.stored_dtype if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
-        self.trainer.save_result(self.output, dtype)
+        try:
+            self.trainer.train(resume_from_checkpoint=self.trainer.args.resume_from_checkpoint)
+            self.trainer.save_result(self.output, dtype)
+        except TrainingDivergedError:
+            # Nothing was written; what is not empty stays.
+            with contextlib.suppress(OSError):
+                self.output.rmdir()
+            raise
         if self.trainer.is_world_process_zero():
             print(f"saved {self.output}\nserve: {serve_command('BASE', self.output.resolve())}", flush=True)
         return self.output
@@ -75,9 +83,9 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     more_names = [models.locate_model(name, "--more_bases") for name in value_args.more_bases or ()]
     output = _check_output(args.output_dir, (base_name, init_name))
     args.resume_from_checkpoint = _check_checkpoint(output, args.resume_from_checkpoint)
-    train, held_out = split_examples(read_examples(value_args.data), value_args.eval_fraction, args.seed)
+    train, held_out = split_examples(read_examples(value_args.data, "--data"), value_args.eval_fraction, args.seed)
     if value_args.eval_data:
-        held_out = read_examples(value_args.eval_data)
+        held_out = read_examples(value_args.eval_data, "--eval_data")
         if held_out[0]["plain"] != train[0]["plain"]:
             raise ValueError("--data and --eval_data are of two kinds: one is plain text, the other messages")
     if held_out and args.eval_strategy == "no":
@@ -88,14 +96,16 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
 
     tokenizer = models.load_tokenizer(base_name, "--base")
     if init_name != base_name:
-        models.check_same_vocabulary(tokenizer, models.load_tokenizer(init_name, "--init"), (base_name, init_name))
+        models.check_same_vocabulary(
+            tokenizer, base_name, models.load_tokenizer(init_name, "--init"), init_name, "--init"
+        )
     if not train[0]["plain"] and tokenizer.chat_template is None and args.chat_template_path is None:
         raise ValueError(
             f"--base {value_args.base}: its tokenizer has no chat template, which messages need; give one with "
             "--chat_template_path, or write the data as plain prompt and completion"
         )
     base = models.load_base(base_name)
-    more_bases = load_more_bases(more_names, tokenizer)
+    more_bases = load_more_bases(more_names, tokenizer, base_name)
     if value_args.init_config:
         value, stored_dtype = models.build_value(value_args.init_config, base, args.seed, value_args.zero_output_layer)
     else:

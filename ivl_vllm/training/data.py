@@ -5,6 +5,7 @@ turns before it as the prompt: so every assistant turn is trained, with any chat
 just as it will be when the model is asked for it.
 """
 
+import difflib
 import json
 import random
 from pathlib import Path
@@ -15,13 +16,17 @@ if TYPE_CHECKING:
 
 Example = dict[str, Any]
 
+_FIELDS = ("messages", "prompt", "completion", "tools")
+_KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
 
-def read_examples(path: str | Path) -> list[Example]:
+
+def read_examples(path: str | Path, flag: str = "") -> list[Example]:
     """Read and check a JSON lines file.
 
     Args:
         path: UTF-8 text, one object a line: `messages`, or `prompt` and `completion` (both text or both messages);
             `tools` beside either. Blank lines are skipped.
+        flag: The flag that it came from, for messages on the file as a whole.
 
     Returns:
         Examples with `prompt`, `completion` and `line` (counted from 1), all plain text or all conversational.
@@ -30,12 +35,15 @@ def read_examples(path: str | Path) -> list[Example]:
         ValueError: The file is missing, empty or not JSON lines, or a line lacks what it needs; with its number.
     """
     path = Path(path).expanduser()
+    where = f"{flag} {path}".lstrip()
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected one file of JSON lines")
+        raise ValueError(f"{where} is a folder; expected one file of JSON lines")
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
+        raise ValueError(f"{where}: no such file; give the path of a file of JSON lines") from error
+    except OSError as error:
+        raise ValueError(f"{where}: it cannot be read: {error.strerror or error}") from error
     examples: list[Example] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -47,7 +55,7 @@ def read_examples(path: str | Path) -> list[Example]:
                     "put the two kinds into two files"
                 )
     if not examples:
-        raise ValueError(f"{path} is empty; expected one JSON object a line")
+        raise ValueError(f"{where} is empty; expected one JSON object a line")
     return examples
 
 
@@ -66,7 +74,7 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
         pairs = [_check_pair(row["prompt"], row["completion"], where)]
     else:
         got = ", ".join(sorted(row)) or "nothing"
-        raise ValueError(f"{where}: expected `messages`, or `prompt` and `completion`; got {got}")
+        raise ValueError(f"{where}: expected `messages`, or `prompt` and `completion`; got {got}{_meant(row)}")
     examples = [
         {"prompt": prompt, "completion": completion, "line": number, "plain": isinstance(prompt, str)}
         for prompt, completion in pairs
@@ -76,6 +84,18 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
         tools = row["tools"] if isinstance(row["tools"], str) else json.dumps(row["tools"])
         examples = [{**example, "tools": tools} for example in examples]
     return examples
+
+
+def _meant(row: dict) -> str:
+    for name in row:
+        near = difflib.get_close_matches(name, _FIELDS, n=1)
+        if near and near[0] not in row:
+            return f"; did you mean {near[0]!r} by {name!r}?"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), f"the number {value}")
 
 
 def _assistant_turns(messages: Any, where: str) -> list[tuple[list, list]]:
@@ -104,7 +124,10 @@ def _check_pair(prompt: Any, completion: Any, where: str) -> tuple[Any, Any]:
             raise ValueError(f"{where}: the completion starts with role {completion[0]['role']!r}, not 'assistant'")
         _check_answer(completion[0], where)
         return prompt, completion
-    raise ValueError(f"{where}: prompt and completion must both be text or both be lists of messages")
+    raise ValueError(
+        f"{where}: prompt and completion must both be text or both be lists of messages; here the prompt is "
+        f"{_kind(prompt)} and the completion is {_kind(completion)}"
+    )
 
 
 def _check_messages(messages: Any, name: str, where: str) -> None:

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ivl_vllm.training import models
 from ivl_vllm.training.chunked_loss import Shape
 from ivl_vllm.training.schemes import Tap, logit_shape
-from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
 # torch's generator on the CPU looks at the low 32 bits of a seed.
 _SEEDS = 1 << 32
@@ -179,12 +178,13 @@ class FrozenBases:
         return replace(rows, temperature=self.temperature, noise=self.noise, seed=seed)
 
 
-def load_more_bases(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[PreTrainedModel]:
+def load_more_bases(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, base_name: str) -> list[PreTrainedModel]:
     """The bases of `--more_bases`, each in the dtype that it has on disk.
 
     Args:
         names: Folders or hub ids, as `models.locate_model` returns them.
         tokenizer: That of `--base`; each must have its vocabulary.
+        base_name: The name of `--base`, for messages.
 
     Raises:
         ValueError: One cannot be loaded or has another vocabulary.
@@ -192,8 +192,7 @@ def load_more_bases(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) ->
     found = []
     for name in names:
         other = models.load_tokenizer(name, "--more_bases")
-        if vocabulary_fingerprint(other) != vocabulary_fingerprint(tokenizer):
-            raise ValueError(f"--more_bases {name}: its vocabulary is not that of --base")
+        models.check_same_vocabulary(tokenizer, base_name, other, name, "--more_bases")
         found.append(models._load(AutoModelForCausalLM, name, "--more_bases", dtype="auto"))
     return found
 

@@ -28,7 +28,10 @@ def describe(folder: str | Path) -> str:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise ValueError(
+            f"{folder}: no such folder; give the --output of ivl train, or the folder of "
+            "any causal LM; a model on the hub must be downloaded first (hf download)"
+        )
     architecture = _read_architecture(path)
     parameters, dtypes = _read_weights(path)
     config = IVLConfig.read(path)

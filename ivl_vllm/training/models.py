@@ -40,7 +40,7 @@ def locate_model(name: str, flag: str) -> str:
             raise ValueError(f"{flag} {name}: the folder has no config.json, so it is no model{hint}")
         return str(path.resolve())
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise ValueError(f"{flag} {name}: no such folder")
+        raise ValueError(f"{flag} {name}: no such folder; give the folder of a model, or its id on the hub")
     _ask_hub(name, flag)
     return name
 
@@ -96,26 +96,30 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_same_vocabulary(base: PreTrainedTokenizerBase, init: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:
-    """Base and value network must give the same ids to the same tokens.
+def check_same_vocabulary(
+    base: PreTrainedTokenizerBase, base_name: str, other: PreTrainedTokenizerBase, name: str, flag: str
+) -> None:
+    """Two models must give the same ids to the same tokens.
 
     Args:
         base: Tokenizer of the base.
-        init: Tokenizer of the model that the value network starts from.
-        names: What to call the two.
+        base_name: What was given to --base.
+        other: Tokenizer of a model beside it: a further base, or what the value network starts from.
+        name: What to call that model.
+        flag: The flag that it came from.
 
     Raises:
         ValueError: They do not; the message names both, their sizes and an example.
     """
-    if vocabulary_fingerprint(base) == vocabulary_fingerprint(init):
+    if vocabulary_fingerprint(base) == vocabulary_fingerprint(other):
         return
-    base_vocab, init_vocab = base.get_vocab(), init.get_vocab()
-    differing = sorted(set(base_vocab.items()) ^ set(init_vocab.items()), key=lambda pair: pair[1])
+    base_vocab, other_vocab = base.get_vocab(), other.get_vocab()
+    differing = sorted(set(base_vocab.items()) ^ set(other_vocab.items()), key=lambda pair: pair[1])
     token = differing[0][0]
     raise ValueError(
-        f"--base {names[0]} and --init {names[1]} have different vocabularies ({len(base_vocab)} and "
-        f"{len(init_vocab)} tokens; {token!r} is {base_vocab.get(token, 'absent')} and "
-        f"{init_vocab.get(token, 'absent')}): choose an --init of the base's family"
+        f"--base {base_name} and {flag} {name} have different vocabularies ({len(base_vocab)} and "
+        f"{len(other_vocab)} tokens; {token!r} is {base_vocab.get(token, 'absent')} and "
+        f"{other_vocab.get(token, 'absent')}): choose {flag} from the base's family"
     )
 
 
@@ -165,7 +169,9 @@ def build_value(
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--init_config {path}: {error.strerror or error}") from error
+        raise ValueError(
+            f"--init_config {path}: {error.strerror or error}; give a config.json, or the folder that holds one"
+        ) from error
     except ValueError as error:
         raise ValueError(f"--init_config {path}: no JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import yaml
 from trl import TrlParser
 
 from ivl_vllm.training.arguments import ValueArguments
@@ -24,8 +25,12 @@ class _Parser(TrlParser):
         }
         for key in kwargs:
             if key.replace("-", "_") not in names:
-                raise ValueError(f"--config: unknown setting {key!r}{_nearest(key.replace('-', '_'), names)}")
+                nearest = _nearest(key.replace("-", "_"), names)
+                raise ValueError(f"--config {self.config}: unknown setting {key!r}{nearest} {_HELP}")
         return super().set_defaults_with_config(**{names[key.replace("-", "_")]: v for key, v in kwargs.items()})
+
+    # The file that --config names, for messages.
+    config = ""
 
     def check_flags(self, words: Sequence[str]) -> None:
         """Refuse the first flag that there is not; argparse would first miss the required one that was meant.
@@ -68,16 +73,34 @@ def parse(argv: Sequence[str]) -> tuple[ValueArguments, TrainerArguments]:
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     parser = _Parser((ValueArguments, TrainerArguments), prog="ivl train")
     parser.check_flags(words)
+    if "--config" in words:
+        parser.config = _check_config(words[words.index("--config") + 1 :])
     try:
         value_args, args, surplus = parser.parse_args_and_config(words, return_remaining_strings=True)
     except OSError as error:
-        raise ValueError(f"--config {error.filename}: {error.strerror}") from error
-    except IndexError as error:
-        raise ValueError("--config needs the path of a YAML file") from error
+        raise ValueError(f"{error}; a flag names that file, give one that can be read") from error
     if surplus:
         raise ValueError(f"nothing takes the word {surplus[0]!r}; a flag has one value, but for --more_bases {_HELP}")
     _check_trackers(args.report_to)
     return value_args, args
+
+
+def _check_config(rest: Sequence[str]) -> str:
+    """Refuse a YAML file that cannot be read; `rest` begins with its path, which is returned."""
+    fix = "give the path of a YAML file with one `name: value` a line"
+    if not rest or rest[0].startswith("--"):
+        raise ValueError(f"--config has no value; {fix}")
+    path = rest[0]
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}; {fix}, or leave --config out") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"--config {path}: its content is no mapping of names to values; {fix}")
+    return path
 
 
 def _check_trackers(names: Sequence[str]) -> None:
