@@ -115,8 +115,8 @@ def _check_trackers(names: Sequence[str]) -> None:
                 f"--report_to {name}: no such tracker{_nearest(name, known)}; expected none, all, or one of "
                 f"{', '.join(known)}"
             )
-        # transformers itself does not tell of flyte whether it is there.
-        if name not in available and name != "flyte":
+        # Of these two transformers does not always tell that they are there.
+        if name not in available and name not in ("flyte", "azure_ml"):
             package = "'ivl-vllm[train]'" if name == "tensorboard" else name.replace("_", "-")
             raise ValueError(
                 f"--report_to {name}: its package is missing; pip install {package}, or leave the flag out"
