@@ -105,7 +105,10 @@ REFUSED = {
         {"additional_config": {"ivl": {"value_model": "BARE"}}},
         ["320", "400", "vocab_map"],
     ),
-    "not_a_model": ({"additional_config": {"ivl": {"value_model": "EMPTY"}}}, ["EMPTY", "cannot be used", "give the folder of a causal LM"]),
+    "not_a_model": (
+        {"additional_config": {"ivl": {"value_model": "EMPTY"}}},
+        ["EMPTY", "cannot be used", "give the folder of a causal LM"],
+    ),
     "no_safetensors": ({"additional_config": {"ivl": {"value_model": "PICKLED"}}}, ["safetensors"]),
     "tensorizer": ({"load_format": "tensorizer"}, ["load_format='tensorizer'", "copy it to a folder"]),
     "heads_over_ranks": ({"tensor_parallel_size": 4}, ["the value network", "parallelism", "heads"]),
