@@ -150,6 +150,16 @@ def solver(report: dict[str, Any]) -> str:
     return table(heading, rows) + f"\n\n`{report['environment']['command']}`."
 
 
+def siblings(report: dict[str, Any]) -> str:
+    """What a pair of LoRA siblings saves in vLLM."""
+    engine = report["engine"]
+    rows = [[str(one["rows"]), f"{one['of_nothing_shared']:.3f}"] for one in engine["decode"]]
+    held = engine["resident_bytes"]
+    saved = (held["nothing shared"] - held["tables shared"]) / 2**20
+    heading = ["requests", "decode step, of that with nothing shared"]
+    return table(heading, rows) + f"\n\n{saved:.0f} MiB less memory; `{engine['environment']['command']}`."
+
+
 # Name in the README → file of results and what to make of it.
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "transfer": ("transfer.json", transfer),
@@ -158,6 +168,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "throughput": ("throughput-cpu.json", throughput),
     "peers": ("throughput-cpu.json", peers),
     "kernels": ("kernels-cpu.json", kernels),
+    "siblings": ("siblings-cpu.json", siblings),
     "solver": ("fusion-cpu.json", solver),
 }
 

@@ -15,6 +15,8 @@ Times are CPU time, medians of rounds in which all ways take turns; shares are m
 limit is the larger of bytes and FLOPs at the machine's own rates. The joined step adds a 125 M base to the pair.
 The figures for a GPU are computed from shapes (bytes streamed by a decode step), not measured.
 
+In vLLM (`--engine`) a decode step of 1 to 16 requests takes 5 to 6 % less.
+
 Decision, from `results/siblings-cpu.json` (AMD EPYC, one thread; 125 M base, 21 M pair of vocabulary 32k, adapters of
 rank 8 and 32, decode steps of 1 to 64 rows): one head takes 5 to 8 % off the joined step, and equal tables held once
 take 39 % off the pair's weights; the engine does both (`ivl_vllm/serving/shared_weights.py`). Stacked with one head
