@@ -6,6 +6,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import parity  # noqa: F401  (sets vLLM's environment before any test imports vLLM)
+from benchmark_tools import transfer_modules
 from tiny import VOCAB, make_model
 
 
@@ -39,3 +40,10 @@ def kinds(tmp_path_factory):
     from vocab_kinds import all_kinds
 
     return all_kinds(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="module")
+def transfer():
+    """The transfer benchmark's modules by name."""
+    with transfer_modules() as found:
+        yield found

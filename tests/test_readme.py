@@ -3,16 +3,13 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from benchmark_tools import load_module
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import readme  # noqa: E402
-
+readme = load_module("readme")
 TEXT = (ROOT / "README.md").read_text()
 
 

@@ -1,9 +1,5 @@
 """Networks that are LoRA siblings hold equal matrices once and are projected once; others do neither."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +9,7 @@ from parity import Reference, assert_parity, engine, random_requests, run
 from safetensors.torch import load_file, save_file
 from sibling_models import make_family, value_rows
 from torch import nn
+from v2_process import assert_all_pass
 
 import ivl_vllm
 from ivl_vllm.settings import NetworkSource, parse_settings
@@ -80,15 +77,7 @@ def test_an_output_layer_that_differs_in_one_number_is_not_shared(models, tmp_pa
 
 
 def test_model_runner_v2():
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE / "v2_on_cpu"), os.environ.get("PYTHONPATH", "")]),
-        "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "sibling_cases.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert re.search(r"\b2 passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-500:]
+    assert_all_pass("sibling_cases.py", 2)
 
 
 def test_one_folder_is_one_network_whatever_way_it_is_named(tmp_path, monkeypatch):
