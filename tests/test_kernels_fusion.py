@@ -16,14 +16,6 @@ class TestTorch(FusionCases):
     backend = "torch"
 
 
-def test_ordinary_rows_need_few_evaluations(monkeypatch):
-    weights = []
-    original = torch_fusion.Curve.evaluate
-    monkeypatch.setattr(torch_fusion.Curve, "evaluate", lambda self, w: weights.append(w) or original(self, w))
-    ivl_kernels.fusion_weights(*rows_of("normal"), max_weight=8.0, backend="torch")
-    assert len(weights) <= 6 * 5  # rows; one evaluation for the target, four for the weight
-
-
 def test_auto_on_the_cpu_is_torch(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     calls = []

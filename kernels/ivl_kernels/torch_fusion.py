@@ -1,6 +1,8 @@
 """The torch backend of the solvers: what the CPU runs, and the reference that the kernel is tested against.
 
 Row by row, with the passes over columns in torch and the rest in Python's floats, and no more iterations than needed.
+Each row is tried with the plain sums of `ivl_kernels.torch_moments` first; what these cannot tell is solved here, with
+sums of second order as in `ivl_kernels.fusion`.
 """
 
 import math
@@ -8,6 +10,7 @@ import math
 import torch
 
 from ivl_kernels.fusion import ITERATIONS, LARGEST_DIFFERENCE
+from ivl_kernels.torch_moments import moments
 from ivl_kernels.value_add import steered_rows
 
 # exp() of more than this comes near float32's end when thousands of columns are added up.
@@ -40,38 +43,45 @@ def solve_torch(
     Returns:
         `[3, n]` float32: weights, divergences, targets.
     """
-    results = torch.zeros(3, plus.shape[0], device=base.device)
     rows, sources, chosen = steered_rows(base, limits, row_index)
     if not rows or 0 in (base.shape[1], plus.shape[1]):
-        return results
+        return torch.zeros(3, plus.shape[0], device=base.device)
     columns = None
     if vocab_map is not None:
         columns = vocab_map + 1  # a column of zeros stands in front: -1 points to it
     wanted = None if targets is None else targets.tolist()
-    found: list[list[float]] = []
+    quick = moments(base.shape[1], plus.shape[1], base.device)
+    results = [[0.0] * plus.shape[0] for _ in range(3)]
     for row, source, bound in zip(rows, sources, chosen, strict=True):
         value = plus[source].float()
         anti = None if minus is None else minus[source].float()
-        delta = clean_difference(value if anti is None else value - anti)
-        if wanted is None:
+        delta = value if anti is None else torch.sub(value, anti, out=quick.delta)
+        low, high = (end.item() for end in torch.aminmax(delta))
+        target = None if wanted is not None else quick.target(anti, delta, low, high)
+        if not max(-low, high) <= LARGEST_DIFFERENCE:  # True for NaN too
+            delta = clean_difference(delta)
+            low, high = -LARGEST_DIFFERENCE, LARGEST_DIFFERENCE
+        if wanted is not None:
+            target = max(0.0, wanted[source])  # 0 for NaN too
+        elif target is None:
             if not math.isfinite(value.sum().item()):
                 anti = torch.where(value.isfinite(), anti, float("-inf"))
             target = Curve(anti, delta).evaluate(1.0)[0]
-        else:
-            target = max(0.0, wanted[source])  # 0 for NaN too
         delta = align(delta, base.shape[1], columns)
-        curve = Curve(base[row].float(), delta if bound > 0 else -delta)
-        weight, divergence = find(curve, abs(bound), target, wants_largest=wanted is not None)
-        found.append([math.copysign(weight, bound), divergence, target])
-    results[:, torch.tensor(sources, device=base.device)] = torch.tensor(found, device=base.device).t()
-    return results
+        low, high = min(low, 0.0), max(high, 0.0)  # columns without a partner
+        if bound < 0:
+            delta, low, high = -delta, -high, -low
+        logits = base[row].float()
+        solved = quick.find(logits, delta, low, high, abs(bound), target)
+        if solved is None:
+            solved = find(Curve(logits, delta), abs(bound), target, wants_largest=wanted is not None)
+        for result, number in zip(results, (math.copysign(solved[0], bound), solved[1], target), strict=True):
+            result[source] = number
+    return torch.tensor(results, device=base.device)
 
 
 def clean_difference(delta: torch.Tensor) -> torch.Tensor:
     """Set what is not finite to 0 and cut what is too large."""
-    low, high = torch.aminmax(delta)
-    if max(-low.item(), high.item()) <= LARGEST_DIFFERENCE:  # False for NaN too
-        return delta
     delta = torch.where(delta.isfinite(), delta, 0.0)
     return delta.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
 
@@ -82,7 +92,7 @@ def align(delta: torch.Tensor, width: int, columns: torch.Tensor | None) -> torc
         return torch.nn.functional.pad(delta, (1, 0)).index_select(0, columns)
     if delta.shape[0] < width:
         return torch.nn.functional.pad(delta, (0, width - delta.shape[0]))
-    return delta[:width]
+    return delta if delta.shape[0] == width else delta[:width]
 
 
 class Curve:
@@ -163,7 +173,7 @@ def find(curve: Curve, limit: float, target: float, wants_largest: bool) -> tupl
     # For small weights the divergence is weight² · variance / 2: a bound for a direction so steep that it saturates.
     weight = min(limit, math.inf if wants_largest else 1.0, 2.0 * math.sqrt(2.0 * target / max(curve.variance, 1e-30)))
     best, best_divergence, moved = 0.0, 0.0, 2.0 * limit
-    for _ in range(ITERATIONS):
+    for _ in range(2 * ITERATIONS):  # ends early; between the plateaus of a direction that saturates it takes most
         divergence, variance = curve.evaluate(weight)
         below = divergence <= target
         if below:

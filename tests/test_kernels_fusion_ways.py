@@ -1,0 +1,145 @@
+"""The torch backend's two ways to solve a row: plain sums, and sums of second order where those do not tell."""
+
+import importlib
+import math
+
+import ivl_kernels
+import pytest
+import torch
+from ivl_kernels import torch_moments
+from kernel_fusion_cases import FusionCases, arrays, assert_solves, difference, divergence_of, rows_of
+
+torch_fusion = importlib.import_module("ivl_kernels.torch_fusion")
+
+
+def counted(monkeypatch, owner, name):
+    """What a method gives from now on."""
+    results, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: results.append(original(*args)) or results[-1])
+    return results
+
+
+class TestSumsOfSecondOrder(FusionCases):
+    """Rows of every kind where plain sums never tell."""
+
+    backend = "torch"
+
+    @pytest.fixture(autouse=True)
+    def no_plain_sums(self, monkeypatch):
+        monkeypatch.setattr(torch_moments.Moments, "target", lambda *_: None)
+        monkeypatch.setattr(torch_moments.Moments, "find", lambda *_: None)
+
+    def test_ordinary_rows_need_few_evaluations(self, monkeypatch):
+        evaluations = counted(monkeypatch, torch_fusion.Curve, "evaluate")
+        ivl_kernels.fusion_weights(*rows_of("normal"), max_weight=8.0, backend="torch")
+        assert 6 * 2 <= len(evaluations) <= 6 * 5  # rows; one evaluation for the target, four for the weight
+
+    @pytest.mark.parametrize("max_kl", [0.5, 6.0, 9.0, 15.0, 22.0, 35.0])
+    def test_a_direction_with_plateaus(self, max_kl):
+        """Three tokens take over one after another, so that the curve is flat and steep in turns."""
+        delta = torch.zeros(1, 500)
+        delta[0, :3] = torch.tensor([100.0, 70.0, 40.0])
+        base = torch.randn(1, 500, generator=torch.Generator().manual_seed(5))
+        base[0, :3] = torch.tensor([-36.0, -16.0, -6.0])
+        found = ivl_kernels.trust_region_weights(base, delta, torch.tensor([10.0]), max_kl, backend="torch")
+        assert_solves(*arrays(base[0], delta[0]), max_kl, 10.0, found.weights.item(), found.divergence.item())
+
+
+def test_ordinary_rows_need_plain_sums_alone(monkeypatch):
+    second_order = counted(monkeypatch, torch_fusion.Curve, "evaluate")
+    sums = counted(monkeypatch, torch_moments.Moments, "cumulants")
+    ivl_kernels.fusion_weights(*rows_of("normal"), max_weight=8.0, backend="torch")
+    assert not second_order
+    assert 6 * 2 <= len(sums) <= 6 * 4  # rows; one at weight 0, the others for the weight
+
+
+def test_logits_far_from_0(monkeypatch):
+    second_order = counted(monkeypatch, torch_fusion.Curve, "evaluate")
+    base, expert, anti = rows_of("normal")
+    near = ivl_kernels.fusion_weights(base, expert, anti, backend="torch")
+    for shift in (300.0, -300.0):
+        far = ivl_kernels.fusion_weights(base + shift, expert + shift, anti + shift, backend="torch")
+        torch.testing.assert_close(far.weights, near.weights, rtol=1e-3, atol=1e-4)
+    assert not second_order
+
+
+FIRST = torch.arange(50) == 0
+BASE, ANTI = torch.zeros(50), torch.linspace(-3, 3, 50)
+CHANGE = torch.linspace(2, -2, 50)
+# what it is, base, anti-expert, difference, largest weight, the step that plain sums leave
+OTHER_WAY = {
+    "target near 0": (BASE, ANTI, 0.01 * CHANGE, 2.0, "target"),
+    "target lost in rounding": (BASE, ANTI, 0.2 * CHANGE + 50, 2.0, "target"),
+    "NaN": (BASE, ANTI, torch.where(FIRST, math.nan, CHANGE), 2.0, "target"),
+    "infinity": (BASE, torch.where(FIRST, -math.inf, ANTI), CHANGE, 2.0, "target"),
+    "overflow": (BASE, ANTI, 80 * CHANGE, 2.0, "target"),
+    "no column allowed": (BASE - math.inf, ANTI, CHANGE, 2.0, "find"),
+    "the same wherever allowed": (torch.where(FIRST, -math.inf, BASE), ANTI, 3.0 * FIRST, 2.0, "find"),
+    "hardly moved at the limit": (BASE, ANTI, CHANGE, 0.01, "find"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_WAY)
+def test_what_plain_sums_do_not_tell(monkeypatch, kind):
+    base, anti, change, limit, step = OTHER_WAY[kind]
+    left = counted(monkeypatch, torch_moments.Moments, step)
+    evaluated = counted(monkeypatch, torch_fusion.Curve, "evaluate")
+    expert = anti + change
+    found = ivl_kernels.fusion_weights(base[None], expert[None], anti[None], max_weight=limit, backend="torch")
+    assert left == [None]
+    assert evaluated or kind in ("no column allowed", "the same wherever allowed")
+    weight, reached, target = (part.item() for part in found)
+    z, e, a = arrays(base, expert, anti)
+    assert target == pytest.approx(divergence_of(e, a), rel=1e-3)
+    assert_solves(z, difference(e, a), target, limit, weight, reached)
+
+
+@pytest.mark.parametrize("limit", [2.0, 10.0, 30.0])
+@pytest.mark.parametrize("scale", [1.5, 5.0, 10.0])
+def test_steep_directions(scale, limit):
+    """Around the height where the likeliest token has everything; sums of third powers would overflow far beyond it."""
+    generator = torch.Generator().manual_seed(7)
+    base, delta = 3 * torch.randn(3, 1000, generator=generator), scale * torch.randn(3, 1000, generator=generator)
+    for z, d in zip(base, delta):
+        plateau = -z.double().log_softmax(0)[d.argmax()].item()
+        for max_kl in (plateau - 0.1, plateau - 1e-3, plateau + 1e-3, plateau + 0.1):
+            found = ivl_kernels.trust_region_weights(z[None], d[None], torch.tensor([limit]), max_kl, backend="torch")
+            assert_solves(*arrays(z, d), max_kl, limit, found.weights.item(), found.divergence.item())
+
+
+def test_a_variance_lost_in_rounding_is_left(monkeypatch):
+    """Two differences only: where the steered distribution has nearly all on one of them, the variance cancels."""
+    left = counted(monkeypatch, torch_moments.Moments, "find")
+    base, delta = torch.zeros(1, 1000), torch.full((1, 1000), 17.0)
+    base[0, 0], delta[0, 0] = 13.0, -17.0
+    max_kl = -math.log(999 / (999 + math.exp(13.0))) - 1e-3
+    found = ivl_kernels.trust_region_weights(base, delta, torch.tensor([2.0]), max_kl, backend="torch")
+    assert left == [None]
+    assert_solves(*arrays(base[0], delta[0]), max_kl, 2.0, found.weights.item(), found.divergence.item())
+
+
+def test_weights_around_the_limit():
+    """The step that is the last one may not lead beyond it."""
+    base, expert, anti = rows_of("normal", 3000)
+    free = ivl_kernels.fusion_weights(base, expert, anti, max_weight=10.0, backend="torch").weights
+    for share in torch.linspace(0.97, 1.03, 31):
+        limits = free * share
+        found = ivl_kernels.fusion_weights(base, expert, anti, max_weight=limits, backend="torch").weights
+        assert (found <= limits * (1 + 1e-6)).all()
+        torch.testing.assert_close(found, torch.minimum(free, limits), rtol=1e-3, atol=1e-4)
+
+
+def test_small_budgets_need_no_plain_sums(monkeypatch):
+    sums = counted(monkeypatch, torch_moments.Moments, "cumulants")
+    base, expert, _ = rows_of("normal")
+    found = ivl_kernels.trust_region_weights(base, expert, torch.ones(6), 1e-3, backend="torch")
+    torch.testing.assert_close(found.divergence, found.target, rtol=1e-3, atol=0)
+    assert not sums
+
+
+def test_buffers_are_kept_for_one_pair_of_widths():
+    cpu = torch.device("cpu")
+    first = torch_moments.moments(40, 30, cpu)
+    assert torch_moments.moments(40, 30, cpu) is first
+    assert torch_moments.moments(40, 31, cpu) is not first
+    assert torch_moments.moments(40, 30, cpu) is not first
