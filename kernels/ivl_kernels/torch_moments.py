@@ -18,7 +18,7 @@ BITS = 1.0 / math.log(2.0)
 LARGEST_EXPONENT = 60.0
 # Divergences below these are left to the other way: in nats, and as a share of the largest difference of logits, whose
 # rounding the target's plain formula has in it.
-LEAST_DIVERGENCE, LEAST_SHARE = 1e-2, 1e-2
+LEAST_DIVERGENCE, LEAST_SHARE = 1e-2, 3e-3
 # Sums beyond these are taken again with the largest of the logits at 0.
 LEAST_SUM, LARGEST_SUM = 1e-20, 1e20
 EVALUATIONS = 6
@@ -56,9 +56,10 @@ class Moments:
         self.powers = torch.empty(4, width, device=device)  # of the centred differences
         ones, self.centred, self.square, self.cube = self.powers.unbind(0)
         ones.fill_(1.0)
-        self.shares, self.moved = torch.empty(2, width, device=device).unbind(0)
-        self.sums = torch.empty(4, device=device)
-        self.delta, self.anti, self.expert = torch.empty(3, value_width, device=device).unbind(0)
+        first, second = torch.empty(2, max(width, value_width), device=device).unbind(0)
+        self.shares, self.moved = first[:width], second[:width]
+        self.expert, self.anti = first[:value_width], second[:value_width]
+        self.delta, self.sums = torch.empty(value_width, device=device), torch.empty(4, device=device)
 
     def target(self, anti: torch.Tensor, delta: torch.Tensor, low: float, high: float) -> float | None:
         """KL(softmax(anti + delta) ‖ softmax(anti)).
