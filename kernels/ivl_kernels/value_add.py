@@ -12,6 +12,8 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 SHORT_ROW = 8192
 # Temporaries of fewer numbers than this (64 KiB) are not cut in two.
 SMALL = 16384
+# A tensor: adding Python's 1 takes longer than adding 1 to a thousand columns does.
+ONE = torch.ones((), dtype=torch.int32)
 
 
 def value_add(
@@ -87,7 +89,7 @@ def value_add_torch(
     is_float32 = logits.dtype == torch.float32
     if is_float32 and count == logits.shape[0] == value_logits.shape[0] == 1:
         # A gather from a matrix is slow with other dtypes.
-        add_row(changed, value_logits if columns is None else value_logits[0], factors[0], columns)
+        add_row(changed, value_logits if columns is None else value_logits.view(-1), factors[0], columns)
         return logits
     if is_float32 and (count == 1 or width >= SHORT_ROW):
         targets, values = row_views(changed, rows), row_views(value_logits, sources)
@@ -116,7 +118,7 @@ class Columns:
     def __init__(self, vocab_map: torch.Tensor):
         """Take the map `[V_base]`, not empty; one pass over it finds out whether there are gaps."""
         self.has_gaps = vocab_map.min().item() < 0
-        self.indices = vocab_map + 1 if self.has_gaps else vocab_map
+        self.indices = vocab_map + ONE if self.has_gaps else vocab_map
 
     def creates_two(self, value: torch.Tensor) -> bool:
         """Whether gathering float32 numbers from these takes another temporary besides the result."""
