@@ -32,3 +32,11 @@ def test_backends_agree_at_the_default_block():
     inputs = rows_of("normal", 5000)
     found, wanted = (ivl_kernels.fusion_weights(*inputs, backend=backend) for backend in ("triton", "torch"))
     torch.testing.assert_close(torch.stack(found), torch.stack(wanted), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's calls")
+def test_a_row_ends_once_it_is_solved(monkeypatch):
+    evaluations, original = [], triton_fusion.evaluate
+    monkeypatch.setattr(triton_fusion, "evaluate", lambda *args: evaluations.append(args) or original(*args))
+    ivl_kernels.fusion_weights(*rows_of("normal"), max_weight=8.0, backend="triton")
+    assert 6 * 2 <= len(evaluations) <= 6 * 6  # rows; one evaluation for the target, up to five for the weight

@@ -143,3 +143,12 @@ def test_buffers_are_kept_for_one_pair_of_widths():
     assert torch_moments.moments(40, 30, cpu) is first
     assert torch_moments.moments(40, 31, cpu) is not first
     assert torch_moments.moments(40, 30, cpu) is not first
+
+
+def test_buffers_serve_in_every_mode():
+    inputs = rows_of("normal", 321)
+    with torch.inference_mode():
+        inside = ivl_kernels.fusion_weights(*inputs, backend="torch").weights
+    outside = ivl_kernels.fusion_weights(*(part.requires_grad_() for part in inputs), backend="torch").weights
+    assert torch.equal(inside, outside)
+    assert not outside.requires_grad

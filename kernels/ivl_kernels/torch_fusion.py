@@ -9,17 +9,15 @@ import math
 
 import torch
 
-from ivl_kernels.fusion import ITERATIONS, LARGEST_DIFFERENCE
+from ivl_kernels.fusion import ITERATIONS, LARGEST_DIFFERENCE, LAST_MOVE, LAST_STEP
 from ivl_kernels.torch_moments import moments
 from ivl_kernels.value_add import steered_rows
 
 # exp() of more than this comes near float32's end when thousands of columns are added up.
 LARGEST_EXPONENT = 60.0
-# A Newton step is the last one if it changes neither the weight nor any exponent by more than this: what is left to
-# change is about the square.
-LAST_STEP, LAST_MOVE = 5e-4, 4e-3
 
 
+@torch.no_grad()
 def solve_torch(
     base: torch.Tensor,
     plus: torch.Tensor,

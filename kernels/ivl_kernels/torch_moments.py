@@ -34,7 +34,8 @@ def moments(width: int, value_width: int, device: torch.device) -> "Moments":
     """Buffers for rows of these widths; the last ones are kept, since memory that is new costs as much as the sums."""
     key = (width, value_width, device)
     if getattr(_kept, "key", None) != key:
-        _kept.key, _kept.moments = key, Moments(*key)
+        with torch.inference_mode(False):  # else they could not be written to outside of that mode
+            _kept.key, _kept.moments = key, Moments(*key)
     return _kept.moments
 
 

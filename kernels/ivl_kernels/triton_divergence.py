@@ -43,51 +43,29 @@ def _load(
     num_value_columns,
     HAS_MINUS: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    OWN: tl.constexpr,
 ):
-    """Logits (`-inf` where a column is left out) and differences of a block of columns."""
+    """Logits (`-inf` where a column is left out) and differences of a block of columns.
+
+    With `OWN` the logits are those of `minus`, for the expert's own move: left out where expert or anti-expert is not
+    finite.
+    """
     inside = columns < num_columns
-    logits = tl.load(base + columns, mask=inside, other=-INF).to(tl.float32)
     source = columns
     if HAS_MAP:
         source = tl.load(vocab_map + columns, mask=inside, other=-1)
     present = inside & (source >= 0) & (source < num_value_columns)
-    delta = tl.load(plus + source, mask=present, other=0.0).to(tl.float32)
+    expert = tl.load(plus + source, mask=present, other=0.0).to(tl.float32)
+    delta = expert
     if HAS_MINUS:
-        delta -= tl.load(minus + source, mask=present, other=0.0).to(tl.float32)
+        anti = tl.load(minus + source, mask=present, other=0.0).to(tl.float32)
+        delta = expert - anti
     delta = tl.where(tl.abs(delta) < INF, tl.minimum(tl.maximum(delta, -LARGEST), LARGEST), 0.0)
-    logits = tl.where(tl.abs(logits) < INF, logits, -INF)
-    return logits, delta
-
-
-@triton.jit
-def _load_pair(plus, minus, columns, num_columns):
-    """The same for the expert's own move: logits of the anti-expert, left out where either is not finite."""
-    inside = columns < num_columns
-    expert = tl.load(plus + columns, mask=inside, other=-INF).to(tl.float32)
-    anti = tl.load(minus + columns, mask=inside, other=-INF).to(tl.float32)
-    both = (tl.abs(expert) < INF) & (tl.abs(anti) < INF)
-    delta = tl.where(both, tl.minimum(tl.maximum(expert - anti, -LARGEST), LARGEST), 0.0)
-    return tl.where(both, anti, -INF), delta
-
-
-@triton.jit
-def _block(
-    base,
-    plus,
-    minus,
-    vocab_map,
-    columns,
-    num_columns,
-    num_value_columns,
-    HAS_MINUS: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    OWN: tl.constexpr,
-):
     if OWN:
-        logits, delta = _load_pair(plus, minus, columns, num_columns)
+        logits = tl.where(present & (tl.abs(expert) < INF), anti, -INF)
     else:
-        logits, delta = _load(base, plus, minus, vocab_map, columns, num_columns, num_value_columns, HAS_MINUS, HAS_MAP)
-    return logits, delta
+        logits = tl.load(base + columns, mask=inside, other=-INF).to(tl.float32)
+    return tl.where(tl.abs(logits) < INF, logits, -INF), delta
 
 
 @triton.jit
@@ -110,7 +88,7 @@ def prepare(
     high = tl.full((BLOCK,), -INF, tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        logits, delta = _block(
+        logits, delta = _load(
             base, plus, minus, vocab_map, columns, num_columns, num_value_columns, HAS_MINUS, HAS_MAP, OWN
         )
         delta *= sign
@@ -124,7 +102,7 @@ def prepare(
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        logits, delta = _block(
+        logits, delta = _load(
             base, plus, minus, vocab_map, columns, num_columns, num_value_columns, HAS_MINUS, HAS_MAP, OWN
         )
         share = tl.exp(logits - largest)
@@ -162,7 +140,7 @@ def evaluate(
         top = tl.full((BLOCK,), -INF, tl.float32)
         for start in range(0, num_columns, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            logits, delta = _block(
+            logits, delta = _load(
                 base, plus, minus, vocab_map, columns, num_columns, num_value_columns, HAS_MINUS, HAS_MAP, OWN
             )
             top = tl.maximum(top, logits - log_total + weight * (delta * sign - centre))
@@ -174,7 +152,7 @@ def evaluate(
     rest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        logits, delta = _block(
+        logits, delta = _load(
             base, plus, minus, vocab_map, columns, num_columns, num_value_columns, HAS_MINUS, HAS_MAP, OWN
         )
         log_share = logits - log_total

@@ -1,5 +1,7 @@
 """The solvers as one Triton kernel: a program reads its row again in every iteration, from the L2 cache.
 
+A program ends as soon as its own row is solved; the host neither knows nor waits.
+
 For the math see `ivl_kernels.fusion`; the passes over a row stand in `ivl_kernels.triton_divergence`.
 """
 
@@ -9,10 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ivl_kernels import fusion
 from ivl_kernels.fusion import ITERATIONS
 from ivl_kernels.triton_divergence import evaluate, prepare
 
 INF: tl.constexpr = tl.constexpr(float("inf"))
+LAST_STEP: tl.constexpr = tl.constexpr(fusion.LAST_STEP)
+LAST_MOVE: tl.constexpr = tl.constexpr(fusion.LAST_MOVE)
 
 
 class Config(NamedTuple):
@@ -89,7 +94,8 @@ def fusion_kernel(
                 if not HAS_TARGETS:
                     trial = tl.minimum(trial, 1.0)
                 moved = 2.0 * limit
-                for _ in range(ITERATIONS):
+                iteration, is_going = 0, limit > 0.0
+                while is_going & (iteration < ITERATIONS):
                     found, variance = evaluate(
                         base, plus, minus, vocab_map, sign, trial, log_total, centre, largest, num_columns,
                         num_value_columns, HAS_MINUS, HAS_MAP, False, BLOCK,
@@ -110,7 +116,13 @@ def fusion_kernel(
                     following = tl.where(accepted, newton, following)
                     following = tl.minimum(tl.maximum(following, low), high)
                     moved = tl.abs(following - trial)
+                    settled = accepted & (tl.abs(step) <= LAST_STEP)
+                    settled = settled & (tl.abs(step) * (largest - smallest) <= LAST_MOVE)
+                    weight = tl.where(settled, following, weight)
+                    divergence = tl.where(settled, found + variance / trial * (following - trial), divergence)
+                    is_going = ~(settled | (below & (trial >= limit)))
                     trial = following
+                    iteration += 1
             elif HAS_TARGETS:
                 weight = limit
         weight *= sign
