@@ -1,8 +1,9 @@
 """Siblings on model runner V2 in Triton's interpreter; `test_siblings.py` runs this file in a process of its own."""
 
 import pytest
-from parity import Reference, assert_parity, engine, metric, random_requests, run
-from sibling_models import make_family, value_rows
+from parity import assert_parity, engine, metric, random_requests, run
+from sibling_models import SOLVED, make_family, value_rows
+from solved_reference import SolvedReference, solved_requests
 from tiny import make_model
 
 import ivl_vllm
@@ -23,9 +24,10 @@ def test_siblings(models, tmp_path, drafts):
         assert rows.groups == [(0, 1, 2), (3,)]
         assert rows.networks[0].head.data_ptr() == rows.networks[1].head.data_ptr()
         requests = random_requests(16, seed=67, names=("one", "two", "other"), last_arrival=8)
+        requests += solved_requests(6, seed=71, kinds=SOLVED, spread=8)
         for request in requests:
             request.params["max_tokens"] = min(8, request.params["max_tokens"])
         outputs = run(llm, requests)
         if drafts:
             assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
-    assert_parity(Reference(models["base"], **folders), requests, outputs)
+    assert_parity(SolvedReference(models["base"], **folders), requests, outputs)

@@ -9,6 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
+# Weights as the reference takes them, and what is sent.
+SOLVED = [
+    ({"one": "auto", "two": "auto"}, "auto:one,two"),
+    ({"one": 1.0, "two": -0.5, "max_kl": 0.5}, "one=1.0,two=-0.5;max_kl=0.5"),
+    ({"two": "auto"}, "auto:two"),
+    ({"other": 1.0, "two": 1.0, "max_kl": 1.0}, "other=1.0,two=1.0;max_kl=1.0"),
+    ({"two": 1.0}, {"two": 1.0}),
+    ({}, 0),
+]
+
 
 def make_sibling(small: Path, folder: Path, seed: int) -> Path:
     """`small` with an adapter of rank 4 merged into every linear layer but the output layer."""

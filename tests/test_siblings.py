@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parity import Reference, assert_parity, engine, random_requests, run
+from parity import Reference, Request, assert_parity, engine, mismatches, random_requests, run
 from safetensors.torch import load_file, save_file
-from sibling_models import make_family, value_rows
+from sibling_models import SOLVED, make_family, value_rows
+from solved_reference import SolvedReference, solved_requests
 from torch import nn
 from v2_process import assert_all_pass
 
@@ -57,6 +58,44 @@ def test_siblings_share_tables_and_one_projection(models, tmp_path, projections,
     reference = Reference(models["base"], **folders)
     assert_parity(reference, requests, outputs)
     assert_parity(reference, pair_requests, pair_outputs)
+
+
+def test_siblings_are_projected_together_where_weights_are_solved(models, tmp_path, projections):
+    """Each with its own logits for `auto`, added up for `max_kl` and for the default weight of prompt logprobs."""
+    values, folders = make_family(models, tmp_path)
+    reference = SolvedReference(models["base"], **folders)
+    requests = solved_requests(36, seed=69, kinds=SOLVED)
+    with engine(
+        models["base"], **ivl_vllm.engine_args(values=values, default_weight=1.0), max_num_batched_tokens=48
+    ) as llm:
+        rows = value_rows(llm)
+        assert rows.groups == [(0, 1, 2), (3,)]
+        outputs = run(llm, requests)
+        steps = []
+        put = rows.put
+        rows.put = lambda hidden, count: steps.append(count) or put(hidden, count)
+        for kind, stacked in zip(SOLVED[:2], (3, 1), strict=True):
+            alike = solved_requests(4, seed=70, kinds=[kind], spread=1)
+            for request in alike:
+                request.params["max_tokens"] = 6
+            projections.clear(), steps.clear()
+            assert_parity(reference, alike, run(llm, alike))
+            # Prompts in chunks: a step may have no row to sample from.
+            assert projections == [count * stacked for count in steps if count], kind
+        prompt = requests[0].prompt * 2
+        projections.clear()
+        (output,) = run(llm, [Request(prompt, {}, 0, {"max_tokens": 1, "prompt_logprobs": 1})])
+        assert sum(projections) == len(prompt) - 1  # in chunks; expert and small base at once
+    expected = reference.logits(prompt, {"one": 1.0}).log_softmax(-1)
+    alone = reference.logits(prompt, {}).log_softmax(-1)
+    asked = range(len(prompt) - 1), prompt[1:]
+    found = torch.tensor([chosen[token].logprob for chosen, token in zip(output.prompt_logprobs[1:], prompt[1:])])
+    torch.testing.assert_close(found, expected[asked], rtol=0, atol=1e-3)
+    assert (found - alone[asked]).abs().max() > 0.1
+    assert_parity(reference, requests, outputs)
+    fixed = [Request(r.prompt, {name: 1.0 for name in r.weights if name != "max_kl"}, r.ivl) for r in requests]
+    wrong = mismatches(reference, fixed, outputs)
+    assert any("{'one': 1.0, 'two': 1.0}" in line for line in wrong), wrong
 
 
 def test_an_output_layer_that_differs_in_one_number_is_not_shared(models, tmp_path):

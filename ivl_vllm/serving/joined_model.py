@@ -12,6 +12,7 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.request_weights import Addition, together
 from ivl_vllm.serving.steps import Steps
 
 
@@ -182,11 +183,11 @@ class JoinedModel:
             self._ivl.rows.put(values, hidden_states.shape[0])
         elif logits is not None and any(self._ivl.default_weights):
             logits = logits.float()
-            rows = Rows(values)
-            for number, weight in enumerate(self._ivl.default_weights):
-                if weight:
-                    weights = logits.new_full((logits.shape[0],), weight)
-                    self._ivl.rows.networks[number].add_logits(logits, rows[number], weights, None)
+            rows, networks, defaults = Rows(values), self._ivl.rows.networks, self._ivl.default_weights
+            for members in together(self._ivl.rows.groups, [n for n, weight in enumerate(defaults) if weight]):
+                weights = torch.stack([logits.new_full((logits.shape[0],), defaults[n]) for n in members])
+                summed, weights = Addition(members, None, weights).summed(rows)
+                networks[members[0]].add_logits(logits, summed, weights, None)
         return logits
 
 

@@ -68,11 +68,11 @@ class IVLModelLoader(BaseModelLoader):
                 _keep_whole_context(layer)
         for network in networks:
             network.warm_up(vllm_config.scheduler_config.max_num_seqs)
-        warm_up_solvers(settings, networks, model_config.get_vocab_size(), base)
-        watch_steps()
-        default_weights = settings.network_weights(settings.steering(None).weights)
         rows = ValueRows.of(vllm_config)
         rows.groups = projection_groups(networks, settings.networks)
+        warm_up_solvers(settings, networks, rows.groups, model_config.get_vocab_size(), base)
+        watch_steps()
+        default_weights = settings.network_weights(settings.steering(None).weights)
         return join(base, rows, Steps.of(vllm_config), networks, default_weights)
 
     def _base_load_config(self, load_format: str) -> LoadConfig:

@@ -155,10 +155,11 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         slot_of_row = None
         if ctx is not None and (slots.shape[0] != logits.shape[0] or self._drafts):
             slot_of_row = ctx.expanded_idx_mapping
-        solved = self._solved.apply(logits, hidden, networks, slots, slot_of_row) if self._solved.any else []
+        groups, solved = self._value_rows.groups, []
+        if self._solved.any:
+            solved = self._solved.apply(logits, hidden, networks, groups, slots, slot_of_row)
         if not self._weights.any_steered:
             return solved
-        groups = self._value_rows.groups
         if slot_of_row is None:
             chosen = self._weights.of_rows(slots, groups)
         else:

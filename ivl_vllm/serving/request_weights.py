@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
+
+
+def together(groups: Sequence[tuple[int, ...]], used: Collection[int]) -> list[tuple[int, ...]]:
+    """What is left of groups of networks, which are projected together, when those that are not used are left out."""
+    left = (tuple(number for number in group if number in used) for group in groups)
+    return [members for members in left if members]
 
 
 class Addition(NamedTuple):
@@ -95,10 +101,8 @@ class RequestWeights:
         return self._chosen
 
     def _wanted(self, slots: np.ndarray, groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """What is left of each group when networks that none of these slots has a weight for are left out."""
-        steered = self._host[slots].any(axis=0)
-        wanted = (tuple(number for number in group if steered[number]) for group in groups)
-        return [members for members in wanted if members]
+        """Those of each group that any of these slots has a weight for."""
+        return together(groups, np.flatnonzero(self._host[slots].any(axis=0)).tolist())
 
     def _choose(self, slots: np.ndarray, members: tuple[int, ...]) -> Addition:
         weights = self._host[np.ix_(slots, members)].T

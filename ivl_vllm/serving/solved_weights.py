@@ -17,6 +17,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from ivl_vllm.serving.joined_model import Rows
 from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.request_weights import Addition, together
+from ivl_vllm.serving.shared_weights import project
 from ivl_vllm.settings import Settings
 from ivl_vllm.steering import Steering
 
@@ -91,6 +93,7 @@ class SolvedWeights:
         logits: torch.Tensor,
         hidden: Rows,
         networks: Sequence[Network],
+        groups: Sequence[tuple[int, ...]],
         slots: np.ndarray,
         slot_of_row: torch.Tensor | None = None,
     ) -> list[Solved]:
@@ -100,6 +103,7 @@ class SolvedWeights:
             logits: fp32 `[rows, vocab of the base]`.
             hidden: the same rows of every network.
             networks: all value networks.
+            groups: their numbers, those together that are projected together.
             slots: int `[rows]`, the slot of every row; with `slot_of_row`, the slots that the rows belong to.
             slot_of_row: int `[rows]` on the device, where only the device knows them (draft rows).
         """
@@ -118,10 +122,10 @@ class SolvedWeights:
                 names: tuple[str, ...] = ()
                 used = np.flatnonzero(self._bounds[slots[kinds == kind], :-1].any(axis=0))
                 bounds = self._device_bounds[of_row]
-                weights = self._bound(logits, inputs, networks, rows, member, bounds, used.tolist())
+                weights = self._bound(logits, inputs, networks, groups, rows, member, bounds, used.tolist())
             else:
                 names = next(names for names, number in self._kinds.items() if number == kind)
-                weights = self.fuse(logits, inputs, networks, rows, member, names)
+                weights = self.fuse(logits, inputs, networks, groups, rows, member, names)
             found.append(Solved(names, rows, weights))
         return found
 
@@ -130,6 +134,7 @@ class SolvedWeights:
         logits: torch.Tensor,
         hidden: Rows,
         networks: Sequence[Network],
+        groups: Sequence[tuple[int, ...]],
         rows: torch.Tensor | None,
         member: torch.Tensor,
         bounds: torch.Tensor,
@@ -137,8 +142,10 @@ class SolvedWeights:
     ) -> torch.Tensor:
         """Adds the largest part of the weighted value logits that keeps within `max_kl` of the base."""
         delta = logits.new_zeros(member.shape[0], logits.shape[1])
-        for number in used:
-            networks[number].add_logits(delta, hidden[number], bounds[:, number].contiguous(), None)
+        for members in together(groups, used):
+            weights = torch.stack([bounds[:, number] for number in members])
+            summed, weights = Addition(members, None, weights).summed(hidden)
+            networks[members[0]].add_logits(delta, summed, weights, None)
         part = trust_region_weights(logits, delta, member, bounds[:, -1].contiguous(), row_index=rows).weights
         value_add(logits, delta, part, row_index=rows)
         return part[:, None]
@@ -148,15 +155,17 @@ class SolvedWeights:
         logits: torch.Tensor,
         hidden: Rows,
         networks: Sequence[Network],
+        groups: Sequence[tuple[int, ...]],
         rows: torch.Tensor | None,
         member: torch.Tensor,
         names: tuple[str, ...],
     ) -> torch.Tensor:
         """Adds each pair's difference with the weight that Dynamic Logits Fusion finds for it."""
         experts, antis, maps = [], [], []
-        for name in names:
-            pair = self.pairs[name]
-            expert, anti = (networks[number].value_logits(hidden[number]).float() for number in pair)
+        pairs = [self.pairs[name] for name in names]
+        value_logits = project(hidden, networks, groups, sorted({number for pair in pairs for number in pair}))
+        for pair in pairs:
+            expert, anti = (value_logits[number] for number in pair)
             known = min(expert.shape[1], anti.shape[1])  # they may be padded differently
             experts.append(expert[:, :known])
             antis.append(anti[:, :known])
@@ -176,12 +185,19 @@ class SolvedWeights:
 
 
 @torch.inference_mode()
-def warm_up_solvers(settings: Settings, networks: Sequence[Network], base_columns: int, base: nn.Module) -> None:
+def warm_up_solvers(
+    settings: Settings,
+    networks: Sequence[Network],
+    groups: Sequence[tuple[int, ...]],
+    base_columns: int,
+    base: nn.Module,
+) -> None:
     """Compiles the kernels that solve weights, so that no request waits for the compiler; nothing is computed.
 
     Args:
         settings: the engine's.
         networks: all value networks.
+        groups: their numbers, those together that are projected together.
         base_columns: columns of the base's logits.
         base: any model on the device.
     """
@@ -196,4 +212,4 @@ def warm_up_solvers(settings: Settings, networks: Sequence[Network], base_column
         pairs = [(name,) for name in solved.pairs]
         for names in [*pairs, tuple(solved.pairs)] if len(pairs) > 1 else pairs:
             hidden = Rows(network.no_hidden(1) for network in networks)
-            solved.fuse(logits, hidden, networks, rows, nothing, names)
+            solved.fuse(logits, hidden, networks, groups, rows, nothing, names)
