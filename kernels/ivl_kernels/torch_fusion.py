@@ -43,7 +43,7 @@ def solve_torch(
     """
     rows, sources, chosen = steered_rows(base, limits, row_index)
     if not rows or 0 in (base.shape[1], plus.shape[1]):
-        return torch.zeros(3, plus.shape[0], device=base.device)
+        return torch.zeros(3, plus.shape[0], device=base.device, dtype=torch.float32)
     columns = None
     if vocab_map is not None:
         columns = vocab_map + 1  # a column of zeros stands in front: -1 points to it
@@ -55,10 +55,12 @@ def solve_torch(
         anti = None if minus is None else minus[source].float()
         delta = value if anti is None else torch.sub(value, anti, out=quick.delta)
         low, high = (end.item() for end in torch.aminmax(delta))
-        target = None if wanted is not None else quick.target(anti, delta, low, high)
+        target = None
         if not max(-low, high) <= LARGEST_DIFFERENCE:  # True for NaN too
             delta = clean_difference(delta)
             low, high = -LARGEST_DIFFERENCE, LARGEST_DIFFERENCE
+        elif wanted is None:
+            target = quick.target(anti, delta, low, high)
         if wanted is not None:
             target = max(0.0, wanted[source])  # 0 for NaN too
         elif target is None:
@@ -75,7 +77,7 @@ def solve_torch(
             solved = find(Curve(logits, delta), abs(bound), target, wants_largest=wanted is not None)
         for result, number in zip(results, (math.copysign(solved[0], bound), solved[1], target), strict=True):
             result[source] = number
-    return torch.tensor(results, device=base.device)
+    return torch.tensor(results, device=base.device, dtype=torch.float32)
 
 
 def clean_difference(delta: torch.Tensor) -> torch.Tensor:

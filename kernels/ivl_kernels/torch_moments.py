@@ -19,6 +19,8 @@ LARGEST_EXPONENT = 60.0
 # Divergences below these are left to the other way: in nats, and as a share of the largest difference of logits, whose
 # rounding the target's plain formula has in it.
 LEAST_DIVERGENCE, LEAST_SHARE = 1e-2, 3e-3
+# The variance is a difference: below this share of the mean's square too much of it is rounding.
+LEAST_VARIANCE = 1e-4
 # Sums beyond these are taken again with the largest of the logits at 0.
 LEAST_SUM, LARGEST_SUM = 1e-20, 1e20
 EVALUATIONS = 6
@@ -54,13 +56,14 @@ class Moments:
 
     def __init__(self, width: int, value_width: int, device: torch.device):
         """Take the columns of the base logits and of the value logits."""
-        self.powers = torch.empty(4, width, device=device)  # of the centred differences
+        options = {"device": device, "dtype": torch.float32}
+        self.powers = torch.empty(4, width, **options)  # of the centred differences
         ones, self.centred, self.square, self.cube = self.powers.unbind(0)
         ones.fill_(1.0)
-        first, second = torch.empty(2, max(width, value_width), device=device).unbind(0)
+        first, second = torch.empty(2, max(width, value_width), **options).unbind(0)
         self.shares, self.moved = first[:width], second[:width]
         self.expert, self.anti = first[:value_width], second[:value_width]
-        self.delta, self.sums = torch.empty(value_width, device=device), torch.empty(4, device=device)
+        self.delta, self.sums = torch.empty(value_width, **options), torch.empty(4, **options)
 
     def target(self, anti: torch.Tensor, delta: torch.Tensor, low: float, high: float) -> float | None:
         """KL(softmax(anti + delta) ‖ softmax(anti)).
@@ -122,7 +125,8 @@ class Moments:
             torch.add(self.shares, self.centred, alpha=weight * BITS, out=self.moved)
             self.moved.exp2_()
             total, mean, variance, skew = self.cumulants()
-            if not (0.0 < total < math.inf and variance > 0.0):
+            # Where a sum has overflowed, the third cumulant is not finite.
+            if not (total > 0.0 and variance > LEAST_VARIANCE * mean * mean and math.isfinite(skew)):
                 return None
             divergence = weight * mean - math.log(total / before)
             if divergence < LEAST_DIVERGENCE:
@@ -133,12 +137,13 @@ class Moments:
                 return limit, divergence
             else:
                 low = weight
-            # Halley's step on the square root of the divergence, which is nearly straight.
+            # Halley's step on the square root of the divergence, which is nearly straight, but never less than half of
+            # Newton's: far from the target only that one shows how far.
             size = math.sqrt(divergence)
             slope = 0.5 * weight * variance / size
             bend = (0.5 * (variance + weight * skew) - slope * slope) / size
             step = (root - size) / slope
-            step /= max(0.5, 1.0 + 0.5 * step * bend / slope)
+            step /= min(2.0, max(0.5, 1.0 + 0.5 * step * bend / slope))
             if abs(step) <= min(LAST_STEP, LAST_SHARE * weight, LAST_MOVE / spread):
                 step = min(step, limit - weight)
                 return weight + step, divergence + step * (weight * variance + 0.5 * step * (variance + weight * skew))

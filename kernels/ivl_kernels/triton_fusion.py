@@ -143,8 +143,8 @@ def solve_triton(
     """Launch the kernel on arguments that were checked; no device sync. As `ivl_kernels.torch_fusion.solve_torch`."""
     count = plus.shape[0]
     if count == 0 or 0 in (base.shape[1], plus.shape[1]):
-        return torch.zeros(3, count, device=base.device)
-    results = torch.empty(3, count, device=base.device)
+        return torch.zeros(3, count, device=base.device, dtype=torch.float32)
+    results = torch.empty(3, count, device=base.device, dtype=torch.float32)
     with torch.cuda.device_of(base):
         fusion_kernel[(count,)](
             results,

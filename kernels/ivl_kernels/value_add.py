@@ -13,7 +13,7 @@ SHORT_ROW = 8192
 # Temporaries of fewer numbers than this (64 KiB) are not cut in two.
 SMALL = 16384
 # A tensor: adding Python's 1 takes longer than adding 1 to a thousand columns does.
-ONE = torch.ones((), dtype=torch.int32)
+ONE = torch.ones((), dtype=torch.int32, device="cpu")
 
 
 def value_add(
