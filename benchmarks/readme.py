@@ -153,10 +153,11 @@ def solver(report: dict[str, Any]) -> str:
 def siblings(report: dict[str, Any]) -> str:
     """What a pair of LoRA siblings saves in vLLM."""
     engine = report["engine"]
-    rows = [[str(one["rows"]), f"{one['of_nothing_shared']:.3f}"] for one in engine["decode"]]
+    share = {(one["rows"], one["ivl"]): f"{one['of_nothing_shared']:.3f}" for one in engine["decode"]}
+    rows = [[str(count), share[count, 1.0], share[count, "auto"]] for count in sorted({count for count, _ in share})]
     held = engine["resident_bytes"]
     saved = (held["nothing shared"] - held["tables shared"]) / 2**20
-    heading = ["requests", "decode step, of that with nothing shared"]
+    heading = ["requests", "decode step with weight 1, of that with nothing shared", "with `auto`"]
     return table(heading, rows) + f"\n\n{saved:.0f} MiB less memory; `{engine['environment']['command']}`."
 
 

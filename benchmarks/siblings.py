@@ -15,7 +15,9 @@ Times are CPU time, medians of rounds in which all ways take turns; shares are m
 limit is the larger of bytes and FLOPs at the machine's own rates. The joined step adds a 125 M base to the pair.
 The figures for a GPU are computed from shapes (bytes streamed by a decode step), not measured.
 
-In vLLM (`--engine`) a decode step of 1 to 16 requests takes 5 to 6 % less.
+In vLLM (`--engine`) a decode step of 1 to 16 requests takes 4 to 7 % less with a fixed weight. With `auto`, where both
+sets of logits are needed and their rows are projected in one go, 2 to 6 % (the two experts differ, so the time to solve
+their weights may, too).
 
 Decision, from `results/siblings-cpu.json` (AMD EPYC, one thread; 125 M base, 21 M pair of vocabulary 32k, adapters of
 rank 8 and 32, decode steps of 1 to 64 rows): one head takes 5 to 8 % off the joined step, and equal tables held once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from siblings_ways import BASE, LINEARS, PAIR
 from throughput_models import CACHE, SCALES, folder
 from throughput_worker import CLOCK, Engine, Request, workers
+
+# What the requests ask for: a fixed weight, which adds hidden states up, and a solved one, which needs both logits.
+ASKED = (1.0, "auto")
 
 
 class Resident(Engine):
@@ -58,10 +62,10 @@ def engines(rows: tuple[int, ...], rounds: int, threads: int) -> dict[str, Any]:
         for name, worker in started.items():
             worker.answer()
             found["resident_bytes"][name] = worker.call("resident")
-        for count in rows:
+        for count, asked in itertools.product(rows, ASKED):
             torch.manual_seed(count)
             prompts = torch.randint(1, PAIR.vocabulary, (count, 16)).tolist()
-            requests = [Request(prompt, 24, 1.0) for prompt in prompts]
+            requests = [Request(prompt, 24, asked) for prompt in prompts]
             steps: dict[str, list[float]] = {name: [] for name in made}
             for number in range(rounds + 1):
                 for name, worker in started.items():
@@ -69,7 +73,7 @@ def engines(rows: tuple[int, ...], rounds: int, threads: int) -> dict[str, Any]:
                     if number:
                         steps[name].append(statistics.median(s.seconds for s in run.steps if not s.prefill))
             shares = [own / both for own, both in zip(*steps.values(), strict=True)]
-            entry = {"rows": count, "rounds": rounds, "of_nothing_shared": statistics.median(shares)}
+            entry = {"rows": count, "ivl": asked, "rounds": rounds, "of_nothing_shared": statistics.median(shares)}
             entry |= {"range": [min(shares), max(shares)]}
             entry["step_ms"] = {name: 1e3 * statistics.median(values) for name, values in steps.items()}
             found["decode"].append(entry)
