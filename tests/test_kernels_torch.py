@@ -6,15 +6,54 @@ import ivl_kernels
 import pytest
 import torch
 from ivl_kernels.checks import choose_backend
-from kernel_cases import NAN, KernelCases, check, make_case
+from kernel_cases import NAN, KernelCases, check, expected, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 value_add_module = importlib.import_module("ivl_kernels.value_add")
 lm_head_module = importlib.import_module("ivl_kernels.lm_head_value_add")
 
 
+@pytest.fixture
+def widened(monkeypatch):
+    """Narrow heads are widened to float32 even where the CPU multiplies them itself."""
+    monkeypatch.setattr(lm_head_module, "is_native", lambda matrix: False)
+
+
+@pytest.mark.usefixtures("widened")
 class TestTorch(KernelCases):
     backend = "torch"
+
+
+@pytest.mark.parametrize("map_dtype", [None, torch.int32])
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_that_the_cpu_multiplies_itself_are_rounded_once(monkeypatch, dtype, n, map_dtype):
+    monkeypatch.setattr(lm_head_module, "is_native", lambda matrix: True)
+    case = make_case("lm_head", n, 300, value_dtype=dtype, map_dtype=map_dtype)
+    case.value = (case.hidden.double() @ case.matrix.double().t()).to(dtype)
+    want, bound = expected(case)
+    rounded = (want - case.storage.double().cpu()).abs() * torch.finfo(dtype).eps
+    case.value = None
+    with Operations() as operations:
+        case.run("torch")
+    assert operations.names.count("mm") == 1
+    off = (case.storage.double().cpu() - want).abs()
+    assert (off <= bound + rounded).all()
+    if n == 16:  # the sums of a single row may well be those that rounding gives
+        assert (off <= bound).double().mean() > 0.9
+
+
+def test_which_heads_the_cpu_multiplies_itself(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for answer in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda answer=answer: not answer)
+        assert lm_head_module.is_native(torch.ones(1, 1).bfloat16()) is answer
+        assert lm_head_module.is_native(torch.ones(1, 1).half()) is not answer
+        assert not lm_head_module.is_native(torch.ones(1, 1))
+        assert not lm_head_module.is_native(torch.ones(1, 1, device="meta").bfloat16())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not lm_head_module.is_native(torch.ones(1, 1).half())
 
 
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])
@@ -170,6 +209,7 @@ def test_product_for_every_number_of_rows(monkeypatch, count, dtype, product):
     assert product == "matrix first" or len(operations.sizes) == (2 if product else 1)
 
 
+@pytest.mark.usefixtures("widened")
 def test_the_projection_goes_in_blocks(monkeypatch):
     monkeypatch.setattr(lm_head_module, "BLOCK_BYTES", 4 * 64 * 100)
     for dtype in (torch.float32, torch.bfloat16):

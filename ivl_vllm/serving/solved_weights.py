@@ -66,6 +66,8 @@ class SolvedWeights:
             for name, value in settings.values.items()
             if value.minus is not None
         }
+        if self.pairs and device.type == "cpu":
+            import ivl_kernels.torch_fusion  # noqa: F401  compiles for two seconds; the first `auto` would wait
 
     def set(self, slot: int, steering: Steering) -> bool:
         """Gives a slot its request's wish. Returns whether its weights have to be solved."""

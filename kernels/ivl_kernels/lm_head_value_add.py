@@ -23,8 +23,10 @@ def lm_head_value_add(
 
     `logits[row_index[i], j] += weights[i] * (hidden[i] · lm_head_weight[vocab_map[j]])`: `value_add` with the value
     network's output projection inside. Its promises are those of `value_add`: float32 sums and products, skipped rows,
-    `-inf` stays, what is not finite contributes nothing. A bias, a scale, a soft cap or a quantized head are not
-    applied here: compute such value logits with the model's own code and call `value_add`.
+    `-inf` stays, what is not finite contributes nothing. One exception: where a CPU multiplies the head's dtype itself
+    (bfloat16, since AVX-512), value logits are rounded once to that dtype, as vLLM rounds the base's. A bias, a scale,
+    a soft cap or a quantized head are not applied here: compute such value logits with the model's own code and call
+    `value_add`.
 
     Args:
         logits: `[rows, V_base]` float32, bfloat16 or float16, columns adjacent, rows possibly strided. Changed.
@@ -67,21 +69,29 @@ def lm_head_value_add_torch(
 ) -> torch.Tensor:
     """The torch backend: what the CPU runs, and the reference that the kernel is tested against.
 
-    The matrix is read once, in blocks that are widened to float32 in the cache; the steered rows' value logits are the
-    one large temporary. The gather through the map is left to `value_add`: gathering rows of the matrix would copy it.
+    The matrix is read once; the steered rows' value logits are the one large temporary. The gather through the map is
+    left to `value_add`: gathering rows of the matrix would copy it.
     """
     rows, sources, factors = steered_rows(logits, weights, row_index)
     if not rows:
         return logits
-    inputs = take_rows(hidden, sources).to(torch.float32)
+    inputs = take_rows(hidden, sources)
     matrix = lm_head_weight
     if vocab_map is None and logits.shape[1] < matrix.shape[0]:
         matrix = matrix[: logits.shape[1]]
-    value_logits = project(inputs, matrix)
+    value_logits = torch.mm(inputs, matrix.t()) if is_native(matrix) else project(inputs.to(torch.float32), matrix)
     if len(rows) < weights.shape[0]:
         row_index = torch.tensor(rows, device=logits.device)
         weights = torch.tensor(factors, device=logits.device)
     return value_add_torch(logits, value_logits, weights, row_index, vocab_map)
+
+
+def is_native(matrix: torch.Tensor) -> bool:
+    """Whether this is a CPU's matrix of a narrow dtype for which oneDNN has instructions here, and float32 sums."""
+    if matrix.device.type != "cpu":
+        return False
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(matrix.dtype)
+    return name is not None and torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
 
 
 def project(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

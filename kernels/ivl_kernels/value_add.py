@@ -206,7 +206,9 @@ def add_group(
 
     `row_index` holds the same rows, or is None where they are consecutive.
     """
-    factors = weights.float().view(-1, 1)
+    if weights.dtype != torch.float32:
+        weights = weights.float()
+    factors = weights.view(-1, 1)
     if columns is None and value_logits.dtype == torch.float32:
         steer = value_logits * factors
     else:
