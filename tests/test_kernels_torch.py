@@ -16,7 +16,7 @@ lm_head_module = importlib.import_module("ivl_kernels.lm_head_value_add")
 @pytest.fixture
 def widened(monkeypatch):
     """Narrow heads are widened to float32 even where the CPU multiplies them itself."""
-    monkeypatch.setattr(lm_head_module, "is_native", lambda matrix: False)
+    monkeypatch.setattr(lm_head_module, "is_native", lambda *_: False)
 
 
 @pytest.mark.usefixtures("widened")
@@ -28,7 +28,7 @@ class TestTorch(KernelCases):
 @pytest.mark.parametrize("n", [1, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_heads_that_the_cpu_multiplies_itself_are_rounded_once(monkeypatch, dtype, n, map_dtype):
-    monkeypatch.setattr(lm_head_module, "is_native", lambda matrix: True)
+    monkeypatch.setattr(lm_head_module, "is_native", lambda *_: True)
     case = make_case("lm_head", n, 300, value_dtype=dtype, map_dtype=map_dtype)
     case.value = (case.hidden.double() @ case.matrix.double().t()).to(dtype)
     want, bound = expected(case)
@@ -44,16 +44,17 @@ def test_heads_that_the_cpu_multiplies_itself_are_rounded_once(monkeypatch, dtyp
 
 
 def test_which_heads_the_cpu_multiplies_itself(monkeypatch):
+    is_native = lm_head_module.is_native.__wrapped__  # without the answers that are kept
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for answer in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer)
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda answer=answer: not answer)
-        assert lm_head_module.is_native(torch.ones(1, 1).bfloat16()) is answer
-        assert lm_head_module.is_native(torch.ones(1, 1).half()) is not answer
-        assert not lm_head_module.is_native(torch.ones(1, 1))
-        assert not lm_head_module.is_native(torch.ones(1, 1, device="meta").bfloat16())
+        assert is_native(torch.bfloat16, "cpu") is answer
+        assert is_native(torch.float16, "cpu") is not answer
+        assert not is_native(torch.float32, "cpu")
+        assert not is_native(torch.bfloat16, "cuda")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not lm_head_module.is_native(torch.ones(1, 1).half())
+    assert not is_native(torch.float16, "cpu")
 
 
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])

@@ -1,5 +1,7 @@
 """`lm_head_value_add`: project the value network's hidden states and add them, weighted, into base logits."""
 
+import functools
+
 import torch
 
 from ivl_kernels.checks import check_operands, choose_backend
@@ -75,23 +77,25 @@ def lm_head_value_add_torch(
     rows, sources, factors = steered_rows(logits, weights, row_index)
     if not rows:
         return logits
-    inputs = take_rows(hidden, sources)
+    inputs = hidden if len(rows) == hidden.shape[0] else take_rows(hidden, sources)
     matrix = lm_head_weight
     if vocab_map is None and logits.shape[1] < matrix.shape[0]:
         matrix = matrix[: logits.shape[1]]
-    value_logits = torch.mm(inputs, matrix.t()) if is_native(matrix) else project(inputs.to(torch.float32), matrix)
-    if len(rows) < weights.shape[0]:
-        row_index = torch.tensor(rows, device=logits.device)
-        weights = torch.tensor(factors, device=logits.device)
-    return value_add_torch(logits, value_logits, weights, row_index, vocab_map)
+    if is_native(matrix.dtype, matrix.device.type):
+        value_logits = torch.mm(inputs, matrix.t())
+    else:
+        value_logits = project(inputs.to(torch.float32), matrix)
+    steered = rows, range(len(rows)), factors
+    return value_add_torch(logits, value_logits, weights, row_index, vocab_map, steered)
 
 
-def is_native(matrix: torch.Tensor) -> bool:
-    """Whether this is a CPU's matrix of a narrow dtype for which oneDNN has instructions here, and float32 sums."""
-    if matrix.device.type != "cpu":
+@functools.cache
+def is_native(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether this is a narrow dtype for which oneDNN has instructions on this CPU, and float32 sums."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if device_type != "cpu" or name is None:
         return False
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(matrix.dtype)
-    return name is not None and torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
 
 
 def project(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -69,15 +69,18 @@ def value_add_torch(
     weights: torch.Tensor,
     row_index: torch.Tensor | None,
     vocab_map: torch.Tensor | None,
+    steered: tuple[Sequence[int], Sequence[int], list[float]] | None = None,
 ) -> torch.Tensor:
     """The torch backend: what the CPU runs, and the reference that the kernel is tested against.
+
+    `steered` is what `steered_rows` gave, where the caller has asked already; its value rows may be fewer than weights.
 
     Long rows of float32 logits go one by one: the second pass over a row finds it in the processor's cache, and no
     temporary grows with the batch. Short rows and other dtypes go in groups that stay in the cache. Temporaries never
     hold more numbers together than one of rows × columns, except where that is less than `SMALL`.
     """
-    rows, sources, factors = steered_rows(logits, weights, row_index)
-    count, base_width, width = len(rows), logits.shape[1], value_logits.shape[1]
+    rows, sources, factors = steered_rows(logits, weights, row_index) if steered is None else steered
+    count, (height, base_width), (value_height, width) = len(rows), logits.shape, value_logits.shape
     if not (count and base_width and width):
         return logits
     changed, columns = logits, None
@@ -87,7 +90,7 @@ def value_add_torch(
         width = min(width, base_width)
         changed, value_logits = logits[:, :width], value_logits[:, :width]
     is_float32 = logits.dtype == torch.float32
-    if is_float32 and count == logits.shape[0] == value_logits.shape[0] == 1:
+    if is_float32 and count == height == value_height == 1:
         # A gather from a matrix is slow with other dtypes.
         add_row(changed, value_logits if columns is None else value_logits.view(-1), factors[0], columns)
         return logits
@@ -96,13 +99,13 @@ def value_add_torch(
         for target, value, factor in zip(targets, values, factors, strict=True):
             add_row(target, value, factor, columns)
         return logits
-    if count < value_logits.shape[0]:
+    if count < weights.numel():
         row_index = torch.tensor(rows, device=logits.device)
         weights = torch.tensor(factors, device=logits.device)
     if count * (width if columns is None else max(width, base_width)) > SMALL:
         add_in_groups(changed, value_logits, rows, sources, row_index, weights, columns)
         return logits
-    if count < value_logits.shape[0]:
+    if count < value_height:
         value_logits = take_rows(value_logits, sources)
     add_group(changed, value_logits, rows, row_index, weights, columns)
     return logits
