@@ -2,9 +2,11 @@
 
 import importlib
 import math
+import sys
 import threading
 
 import ivl_kernels
+import numpy as np
 import pytest
 import torch
 from ivl_kernels import fused_rows
@@ -49,7 +51,7 @@ class TestTorchAlone(FusionCases):
 
 @pytest.mark.parametrize("kind", ["normal", "masked", "tiny", "zero", "peaked"])
 def test_numba_solves_all_ordinary_rows(monkeypatch, kind):
-    by_torch = solved_by_torch(monkeypatch)
+    by_torch = counted(monkeypatch, torch_fusion.Curve, "evaluate")
     searched = counted(monkeypatch, fused_rows, "search")
     ivl_kernels.fusion_weights(*rows_of(kind), max_weight=8.0, backend="torch")
     assert len(searched) == 6
@@ -112,28 +114,62 @@ def test_exponents_too_large_for_numba_are_left_to_torch(monkeypatch):
     assert len(by_torch) == 1
 
 
+def test_numba_keeps_no_row_that_it_leaves_to_torch():
+    """An exception in compiled code would keep its arrays for good."""
+    logits, delta, shares = np.zeros((3, 1000), np.float32)
+    delta[0] = 900.0
+    before = [sys.getrefcount(array) for array in (logits, delta, shares)]
+    for _ in range(5):
+        assert math.isnan(fused_rows.divergence(logits, delta, shares))
+        assert math.isnan(fused_rows.search(logits, delta, shares, 2.0, 5.0, True)[1])
+    assert [sys.getrefcount(array) for array in (logits, delta, shares)] == before
+
+
+def test_differences_that_are_rounding_alone(way):
+    """Their mean may come out larger than all of them, and then exp() of what is left is 0 everywhere."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        base = torch.randn(1, 2000, generator=generator)
+        base[0, 0] += 20
+        delta = 1000 - torch.rand(1, 2000, generator=generator) * 1e-3
+        found = ivl_kernels.trust_region_weights(base, delta, torch.tensor([2e5]), 5.0, backend="torch")
+        assert 0 <= found.weights <= 2e5
+        assert not found.divergence.isnan()
+
+
+def test_columns_far_below_the_others_have_no_share(way):
+    base, delta = torch.full((1, 150_000), -1e4), torch.full((1, 150_000), 59.0)
+    base[0, :5], delta[0, :5] = torch.arange(5) / 5, 0.0
+    found = ivl_kernels.trust_region_weights(base, delta, torch.ones(1), 1e-6, backend="torch")
+    assert found.weights == 1
+    assert found.divergence < 1e-12
+
+
 def test_torch_shares_wide_rows_among_many_threads(monkeypatch):
     by_torch = solved_by_torch(monkeypatch)
     wide, narrow = rows_of("normal", 33_000), rows_of("normal", 32_000)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(8)
-        few = ivl_kernels.fusion_weights(*narrow, backend="torch")
+        ivl_kernels.fusion_weights(*narrow, backend="torch")
         assert not by_torch
         many = ivl_kernels.fusion_weights(*wide, backend="torch")
         assert len(by_torch) == 6
     finally:
         torch.set_num_threads(threads)
-    alone = ivl_kernels.fusion_weights(*wide, backend="torch")
+    torch.set_num_threads(1)
+    try:
+        alone = ivl_kernels.fusion_weights(*wide, backend="torch")
+    finally:
+        torch.set_num_threads(threads)
     assert len(by_torch) == 6
     torch.testing.assert_close(many.weights, alone.weights, rtol=1e-3, atol=1e-4)
-    assert not torch.equal(few.weights, many.weights)
 
 
 @pytest.mark.parametrize("limit", [2.0, 10.0, 30.0])
 @pytest.mark.parametrize("scale", [1.5, 5.0, 10.0])
 def test_steep_directions(way, scale, limit):
-    """Around the height where the likeliest token has everything; sums of third powers would overflow far beyond it."""
+    """Around the height where the likeliest token has everything."""
     generator = torch.Generator().manual_seed(7)
     base, delta = 3 * torch.randn(3, 1000, generator=generator), scale * torch.randn(3, 1000, generator=generator)
     for z, d in zip(base, delta):
@@ -146,7 +182,7 @@ def test_steep_directions(way, scale, limit):
 @pytest.mark.parametrize("offset", [0.0, 20.0, 35.0])
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_a_token_that_leaps_up(way, offset, share):
-    """Far below the plateau that the first step may lead to, where variance and skew are rounding, or overflow."""
+    """Far below the plateau that the first step may lead to, where the variance is rounding, or overflows."""
     generator = torch.Generator().manual_seed(11)
     base, delta = torch.randn(40, 300, generator=generator), torch.randn(40, 300, generator=generator)
     base = base.clamp(-2, 2) + offset
@@ -159,7 +195,7 @@ def test_a_token_that_leaps_up(way, offset, share):
             assert_solves(*arrays(z, d), max_kl, limit, found.weights.item(), found.divergence.item())
 
 
-def test_sums_of_third_powers_would_overflow(way):
+def test_two_tokens_far_from_the_others(way):
     base, delta = torch.full((1, 500), 23.8), torch.zeros(1, 500)
     base[0, :2], delta[0, :2] = 20.0, torch.tensor([1000.0, -1000.0])
     found = ivl_kernels.trust_region_weights(base, delta, torch.tensor([0.06]), 9.5, backend="torch")

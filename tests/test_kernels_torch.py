@@ -26,21 +26,20 @@ class TestTorch(KernelCases):
 
 @pytest.mark.parametrize("map_dtype", [None, torch.int32])
 @pytest.mark.parametrize("n", [1, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_heads_that_the_cpu_multiplies_itself_are_rounded_once(monkeypatch, dtype, n, map_dtype):
+def test_heads_that_the_cpu_multiplies_itself_are_rounded_once(monkeypatch, n, map_dtype):
     monkeypatch.setattr(lm_head_module, "is_native", lambda *_: True)
-    case = make_case("lm_head", n, 300, value_dtype=dtype, map_dtype=map_dtype)
-    case.value = (case.hidden.double() @ case.matrix.double().t()).to(dtype)
+    case = make_case("lm_head", n, 300, value_dtype=torch.bfloat16, map_dtype=map_dtype)
+    case.value = (case.hidden.double() @ case.matrix.double().t()).bfloat16()
     want, bound = expected(case)
-    rounded = (want - case.storage.double().cpu()).abs() * torch.finfo(dtype).eps
+    change = (want - case.storage.double().cpu()).abs()
+    rounded = change * torch.finfo(torch.bfloat16).eps  # a sum may lie so near the middle that it goes the other way
     case.value = None
     with Operations() as operations:
         case.run("torch")
     assert operations.names.count("mm") == 1
     off = (case.storage.double().cpu() - want).abs()
     assert (off <= bound + rounded).all()
-    if n == 16:  # the sums of a single row may well be those that rounding gives
-        assert (off <= bound).double().mean() > 0.9
+    assert (off <= bound)[change > 0].double().mean() > 0.9
 
 
 def test_which_heads_the_cpu_multiplies_itself(monkeypatch):
@@ -48,13 +47,12 @@ def test_which_heads_the_cpu_multiplies_itself(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for answer in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer)
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda answer=answer: not answer)
         assert is_native(torch.bfloat16, "cpu") is answer
-        assert is_native(torch.float16, "cpu") is not answer
-        assert not is_native(torch.float32, "cpu")
-        assert not is_native(torch.bfloat16, "cuda")
+        for dtype, device in ((torch.float16, "cpu"), (torch.float32, "cpu"), (torch.bfloat16, "cuda")):
+            assert not is_native(dtype, device)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not is_native(torch.float16, "cpu")
+    assert not is_native(torch.bfloat16, "cpu")
 
 
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])

@@ -5,6 +5,7 @@ Dynamic Logits Fusion: Fan et al., 2024, arXiv 2406.15480. How the weights are f
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,8 +67,6 @@ class SolvedWeights:
             for name, value in settings.values.items()
             if value.minus is not None
         }
-        if self.pairs and device.type == "cpu":
-            import ivl_kernels.torch_fusion  # noqa: F401  compiles for two seconds; the first `auto` would wait
 
     def set(self, slot: int, steering: Steering) -> bool:
         """Gives a slot its request's wish. Returns whether its weights have to be solved."""
@@ -205,6 +204,7 @@ def warm_up_solvers(
     """
     device = next(base.parameters()).device
     if choose_backend("auto", device) != "triton":
+        importlib.import_module("ivl_kernels.torch_fusion")  # which compiles
         return
     logits = torch.zeros(1, base_columns, device=device)
     nothing = torch.zeros(1, device=device)

@@ -1,8 +1,11 @@
 """One row of the torch backend's solver, compiled by numba: what runs on a CPU.
 
 In torch every product in a sum over columns is a pass of its own, `expm1()` takes most of the time, and the calls of a
-row, cold after a model's forward pass, take as long as its sums. Here a row is two calls, a sum is one pass, and
+row, cold after a model's forward pass, take as long as its sums. Here a row is three calls, a sum is one pass, and
 `exp()` a polynomial in as many columns at once as the processor has lanes.
+
+Where a weighted difference is too large for plain sums the answer is NaN. Nothing is raised: numba would never free the
+arrays of that call.
 """
 
 import math
@@ -18,7 +21,7 @@ ZERO, HALF, ONE, LOG2_E = FLOAT(0.0), FLOAT(0.5), FLOAT(1.0), FLOAT(math.log2(ma
 INFINITY_BITS, LEAST, LARGEST = INT(0x7F800000), INT(-0x80000000), INT(0x7FFFFFFF)
 # 2^f - 1 = f · (C0 + C1·f + …) for |f| ≤ 1/2: Taylor's series; its eighth term is below float32's rounding.
 C0, C1, C2, C3, C4, C5, C6 = (FLOAT(math.log(2.0) ** k / math.factorial(k)) for k in range(1, 8))
-# Beyond these exp() is no normal number; they count as these.
+# Exponents beyond these count as these: exp() would soon be no normal number.
 LEAST_EXPONENT, MOST_EXPONENT = FLOAT(-86.0), FLOAT(88.0)
 # exp() of more than this comes near float32's end when thousands of columns are added up.
 LARGEST_EXPONENT = 60.0
@@ -99,8 +102,9 @@ def _prepare(logits, delta, shares):
     total, first = ZERO, ZERO
     for j in range(shares.shape[0]):
         bits = FLOAT(logits[j]).view(np.int32)
-        s, r = _exp_parts(logits[j] - largest_logit)
-        share = s + s * r if INT(bits & INFINITY_BITS) != INFINITY_BITS else ZERO
+        x = logits[j] - largest_logit
+        s, r = _exp_parts(x)
+        share = s + s * r if INT(bits & INFINITY_BITS) != INFINITY_BITS and x > LEAST_EXPONENT else ZERO
         shares[j] = share
         total += share
         first += share * delta[j]
@@ -133,14 +137,14 @@ def _gains(shares, delta, centre, weight):
 def _evaluate(curve, weight):
     shares, delta, high, centre, offset, variance = curve
     if weight * (high - centre) > LARGEST_EXPONENT:
-        raise OverflowError("a weighted difference is too large for plain sums")
+        return np.nan, np.nan
     growth, pull, second = _gains(shares, delta, centre, FLOAT(weight))
     total = 1.0 + growth
+    if not total > 0.0:  # rounding, where differences hardly differ
+        return np.nan, np.nan
     mean = weight * (pull + offset) / total
-    return (
-        max(0.0, mean - math.log1p(growth)),
-        max(0.0, weight * weight * (second + variance) / total - mean * mean),
-    )
+    variance = weight * weight * (second + variance) / total - mean * mean
+    return max(0.0, mean - math.log1p(growth)), max(0.0, variance)
 
 
 @njit("float64(float32[::1], float32[::1], float32[::1])", nogil=True)
@@ -153,10 +157,7 @@ def divergence(logits, delta, shares):
         shares: `[V]` float32. Changed.
 
     Returns:
-        Nats.
-
-    Raises:
-        OverflowError: A difference is too large for plain sums.
+        Nats; NaN where a difference is too large for plain sums.
     """
     low, high, centre, offset, variance = _prepare(logits, delta, shares)
     if high - low <= 0.0:

@@ -91,11 +91,13 @@ def lm_head_value_add_torch(
 
 @functools.cache
 def is_native(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether this is a narrow dtype for which oneDNN has instructions on this CPU, and float32 sums."""
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    if device_type != "cpu" or name is None:
+    """Whether this CPU multiplies matrices of this dtype itself, with float32 sums.
+
+    Not float16: value logits may be beyond its largest number.
+    """
+    if device_type != "cpu" or dtype != torch.bfloat16:
         return False
-    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def project(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ def value_add_torch(
         return logits
     if count < weights.numel():
         row_index = torch.tensor(rows, device=logits.device)
-        weights = torch.tensor(factors, device=logits.device)
+        weights = torch.tensor(factors, device=logits.device, dtype=torch.float32)
     if count * (width if columns is None else max(width, base_width)) > SMALL:
         add_in_groups(changed, value_logits, rows, sources, row_index, weights, columns)
         return logits

@@ -12,7 +12,8 @@ def find(evaluate, curve, spread, variance, limit, target, wants_largest):
     """Find the weight in `[0, limit]` where a curve meets `target`.
 
     Args:
-        evaluate: Gives the divergence at a weight, and the variance of `weight · u` there, for `(curve, weight)`.
+        evaluate: Gives the divergence at a weight, and the variance of `weight · u` there, for `(curve, weight)`; NaN
+            ends the search.
         curve: What `evaluate` needs.
         spread: Largest less smallest difference; not above 0: no weight changes anything.
         variance: Of the differences, at weight 0.
@@ -21,7 +22,7 @@ def find(evaluate, curve, spread, variance, limit, target, wants_largest):
         wants_largest: Give `limit` where the curve is flat, else 0; it is also where the search begins.
 
     Returns:
-        The weight, and the divergence there.
+        The weight, and the divergence there; NaN where `evaluate` gave that.
     """
     if target <= 0.0:
         return 0.0, 0.0
@@ -34,6 +35,8 @@ def find(evaluate, curve, spread, variance, limit, target, wants_largest):
     best, best_divergence, moved = 0.0, 0.0, 2.0 * limit
     for _ in range(2 * ITERATIONS):  # ends early; between the plateaus of a direction that saturates it takes most
         divergence, variance = evaluate(curve, weight)
+        if math.isnan(divergence):
+            return weight, divergence
         below = divergence <= target
         if below:
             if weight >= limit:
