@@ -67,7 +67,7 @@ class Variant(NamedTuple):
 
 
 def default_variants() -> list[Variant]:
-    """Every configuration that the launchers choose, with and without a map."""
+    """Every tile that the launchers choose for real models: hidden sizes that are multiples of 64, rows by an index."""
     bf16, fp32 = torch.bfloat16, torch.float32
     value_add = [Variant("value_add", rows, has_map=has_map) for rows in (8, 512) for has_map in (False, True)]
     value_add += [Variant("value_add", 512, ragged=True), Variant("value_add", 512, fp32, fp32)]

@@ -117,12 +117,11 @@ def time_cuda(step: Callable[[Inputs], None], sets: list[Inputs], calls: int = 2
 
 
 def rotating_sets(make: Callable[[], Inputs], cache_bytes: int) -> list[Inputs]:
-    """As many inputs as exceed the cache four times, at least two."""
+    """As many inputs as take four times the memory of the cache, at least two."""
     sets = [make()]
-    total = sets[0].bytes_moved()
-    while total < 4 * cache_bytes or len(sets) < 2:
+    held = sets[0].bytes_moved() - size_of(sets[0].logits)  # which move twice
+    while held * len(sets) < 4 * cache_bytes or len(sets) < 2:
         sets.append(make())
-        total += sets[0].bytes_moved()
     return sets
 
 

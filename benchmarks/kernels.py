@@ -110,11 +110,12 @@ def measure_gpu(quick: bool) -> dict:
             result["timings"][name] = {**timing._asdict(), "gb_per_s": rate, "share_of_copy": rate / copy_rate}
         results.append(result)
         del sets
-    idle = make_inputs(device, 256, HEAD[0])
-    idle.weights.zero_()
-    idle_us = time_cuda(ours, [idle])
-    report = {"environment": found, "copy_gb_per_s": copy_rate, "cases": results}
-    report["no_steered_row"] = {**idle_us._asdict(), "host_us": time_host(lambda: ours(idle))}
+    report = {"environment": found, "copy_gb_per_s": copy_rate, "cases": results, "no_steered_row": {}}
+    for name, hidden in (("value_add", None), ("lm_head_value_add", HEAD[1])):
+        idle = make_inputs(device, 256, HEAD[0], hidden=hidden)
+        idle.weights.zero_()
+        idle_us = time_cuda(ours, [idle])._asdict()
+        report["no_steered_row"][name] = idle_us | {"host_us": time_host(lambda: ours(idle))}  # noqa: B023
     report["goals"] = judge(report)
     return report
 
@@ -123,19 +124,21 @@ def judge(report: dict) -> list[dict]:
     """Compare the worst case of each goal with its target."""
     add = [case for case in report["cases"] if case["operation"] == "value_add"]
     head = [case for case in report["cases"] if case["operation"] == "lm_head_value_add"]
-    batches = [case for case in add if case["rows"] >= 32 and not case.get("has_map")]
+    batches = [case for case in add if case["rows"] >= 32]
+    # A gather reads 32 bytes for 2, mostly from the L2 cache: memory's bandwidth says nothing about it.
+    streams = [case for case in batches if not case.get("has_map")]
 
     def over(case: dict, other: str) -> float:
         return case["timings"][other]["median_us"] / case["timings"]["ours"]["median_us"]
 
     decode = [case for case in head if case["rows"] <= 64]
     measured = [
-        min(case["timings"]["ours"]["share_of_copy"] for case in batches),
+        min(case["timings"]["ours"]["share_of_copy"] for case in streams),
         min(over(case, "eager") for case in batches),
         min(over(case, "compiled") for case in batches),
         max(case["timings"]["ours"]["median_us"] / case["matrix_at_copy_bandwidth_us"] for case in decode),
         max(1 / over(case, "project + value_add") for case in head if case["rows"] >= 64),
-        report["no_steered_row"]["median_us"],
+        max(idle["median_us"] for idle in report["no_steered_row"].values()),
     ]
     return [
         {"goal": text, "target": f"{sign} {target}", "measured": value, "met": (value >= target) == (sign == "≥")}
@@ -174,9 +177,10 @@ def measure_cpu(quick: bool) -> dict:
     for name in ("value_add", "lm_head_value_add"):
         slowest = min((case for case in results if case["operation"] == name), key=lambda case: case["times_faster"])
         shape = f"{slowest['rows']} × {slowest['columns']} {slowest['value_dtype']}"
-        text = f"{name} on the CPU, times faster than naive; least at {shape}"
-        least = round(slowest["times_faster"], 2)  # times that differ by less are the same here
-        goals.append({"goal": text, "target": "≥ 1.0", "measured": least, "met": least >= 1})
+        threads = torch.get_num_threads()
+        text = f"{name} on {threads} CPU thread(s), rows by an index: times faster than naive; least at {shape}"
+        least = slowest["times_faster"]  # where both are one product by one library, they differ by noise alone
+        goals.append({"goal": text, "target": "≥ 1, less 1 % of noise", "measured": least, "met": least >= 0.99})
     return {"environment": environment(device), "clock": CPU_CLOCK, "cases": results, "goals": goals}
 
 

@@ -66,6 +66,51 @@ def test_launchers_ask_for_their_configuration(monkeypatch):
     assert tiles == [(5, torch.bfloat16)]
 
 
+class Launches:
+    """Takes the place of a kernel: what it was launched with, and nothing more."""
+
+    def __init__(self):
+        self.options = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.options.append(options)
+
+
+@pytest.mark.parametrize("map_dtype", [None, torch.int32])
+@pytest.mark.parametrize("index_dtype", [None, torch.int32])
+@pytest.mark.parametrize("hidden", [128, 63])
+def test_what_the_kernels_are_launched_with(monkeypatch, hidden, index_dtype, map_dtype):
+    adds, projections = Launches(), Launches()
+    monkeypatch.setattr(triton_value_add, "value_add_kernel", adds)
+    monkeypatch.setattr(triton_lm_head_value_add, "lm_head_value_add_kernel", projections)
+    options = {"index_dtype": index_dtype, "map_dtype": map_dtype, "hidden": hidden, "value_dtype": torch.bfloat16}
+    for rows in (1, 64):
+        for operation in ("value_add", "lm_head"):
+            make_case(operation, rows, **options).run("triton")
+    for launch in adds.options + projections.options:
+        assert launch["HAS_MAP"] == (map_dtype is not None)
+        assert launch["HAS_ROW_INDEX"] == (index_dtype is not None)
+    assert [launch["EVEN_K"] for launch in projections.options] == [hidden == 128] * 2
+    assert [launch["UPCAST"] for launch in projections.options] == [not torch.cuda.is_available()] * 2
+    wanted = [triton_lm_head_value_add.choose_config(rows, torch.bfloat16) for rows in (1, 64)]
+    for launch, config in zip(projections.options, wanted, strict=True):
+        assert (launch["BLOCK_M"], launch["BLOCK_N"], launch["PIECES"]) == (
+            config.block_m,
+            config.block_n,
+            config.pieces,
+        )
+
+
+@pytest.mark.parametrize(("n", "columns"), [(0, 100), (3, 0)])
+def test_nothing_to_do_launches_nothing(monkeypatch, n, columns):
+    launches = Launches()
+    monkeypatch.setattr(triton_value_add, "value_add_kernel", launches)
+    monkeypatch.setattr(triton_lm_head_value_add, "lm_head_value_add_kernel", launches)
+    for operation in ("value_add", "lm_head"):
+        make_case(operation, n, columns, index_dtype=None).run("triton")
+    assert not launches.options
+
+
 def test_entries_past_the_end_are_never_read():
     # Not a promise to callers, who validate their map once, but what keeps a wrong map from reading foreign memory.
     case = make_case("value_add", 2, 100, 50, map_dtype=torch.int32)

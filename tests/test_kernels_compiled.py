@@ -75,6 +75,15 @@ def test_lm_head_streams_the_matrix_in_pipelined_16_byte_copies(architecture, ro
     assert "store 4" not in found
 
 
+@pytest.mark.parametrize("rows", [16, 512])
+def test_tiles_without_a_steered_row_read_no_matrix(rows):
+    compiled, _ = compile_sheet.compile_variant(Variant("lm_head_value_add", rows), 90)
+    code = compiled.asm["ttir"]
+    test, product = code.index("scf.if"), code.index("tt.dot")
+    assert "tt.reduce" in code[:test]  # over the rows' weights
+    assert test < code.index("scf.for") < product
+
+
 @pytest.mark.parametrize("rows", [64, 512])
 def test_lm_head_uses_the_tensor_cores_of_each_generation(rows):
     for architecture, instruction in ((80, "mma.sync"), (90, "wgmma.mma"), (100, "tcgen05.mma")):

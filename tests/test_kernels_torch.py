@@ -6,11 +6,10 @@ import ivl_kernels
 import pytest
 import torch
 from ivl_kernels.checks import choose_backend
-from kernel_cases import NAN, KernelCases, check, expected, make_case
+from kernel_cases import NAN, KernelCases, check, device, expected, lm_head_module, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 value_add_module = importlib.import_module("ivl_kernels.value_add")
-lm_head_module = importlib.import_module("ivl_kernels.lm_head_value_add")
 
 
 @pytest.fixture
@@ -22,6 +21,16 @@ def widened(monkeypatch):
 @pytest.mark.usefixtures("widened")
 class TestTorch(KernelCases):
     backend = "torch"
+
+
+class TestTorchNative(KernelCases):
+    """bfloat16 heads are multiplied as they are, whatever this CPU can do."""
+
+    backend = "torch"
+
+    @pytest.fixture(autouse=True)
+    def native(self, monkeypatch):
+        monkeypatch.setattr(lm_head_module, "is_native", lambda dtype, _: dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("map_dtype", [None, torch.int32])
@@ -48,8 +57,8 @@ def test_which_heads_the_cpu_multiplies_itself(monkeypatch):
     for answer in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer)
         assert is_native(torch.bfloat16, "cpu") is answer
-        for dtype, device in ((torch.float16, "cpu"), (torch.float32, "cpu"), (torch.bfloat16, "cuda")):
-            assert not is_native(dtype, device)
+        for dtype, place in ((torch.float16, "cpu"), (torch.float32, "cpu"), (torch.bfloat16, "cuda")):
+            assert not is_native(dtype, place)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not is_native(torch.bfloat16, "cpu")
@@ -131,6 +140,110 @@ def test_short_rows_go_together():
     names = operations_of(plain_case())
     assert [names.count(name) for name in ("mul", "nan_to_num_", "add_")] == [1, 1, 1]
     assert "aminmax" not in names
+
+
+@pytest.mark.parametrize("map_dtype", [None, torch.int32])
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+def test_one_request_alone_needs_no_view_of_its_row(value_dtype, map_dtype):
+    case = make_case("value_add", 1, value_dtype=value_dtype, map_dtype=map_dtype, index_dtype=None)
+    case.storage = case.storage[:3]
+    case.logits = case.storage[1:2, :1000]
+    check(case, "torch")
+    names = operations_of(case)
+    assert names.count("add_") == names.count("aminmax") == 1
+    assert not {"select", "unbind", "mul", "mul_", "nan_to_num_"} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("weights", "index", "rows"),
+    [
+        ([0.5, 2.0], None, [0, 1]),
+        ([0.5, 2.0], [2, 0], [2, 0]),
+        ([0.5, 0.0], [2, 0], [2]),
+        ([0.5, NAN], None, [0]),
+        ([0.5, 2.0], [3, 0], [0]),
+        ([0.5, 2.0], [-1, 0], [0]),
+    ],
+)
+def test_which_rows_are_steered(weights, index, rows):
+    index = None if index is None else torch.tensor(index)
+    found, sources, factors = value_add_module.steered_rows(torch.zeros(3, 4), torch.tensor(weights), index)
+    assert list(found) == rows
+    assert [weights[source] for source in sources] == factors
+    assert isinstance(sources, range) == (len(rows) == 2)  # all are: nothing is gone through one by one
+
+
+@pytest.mark.parametrize("entry", [-1, 0])
+def test_gaps_of_a_map_are_noticed(entry):
+    assert value_add_module.Columns(torch.tensor([2, entry, 1])).has_gaps == (entry < 0)
+
+
+def test_columns_that_the_base_lacks_are_not_projected():
+    case = plain_case("lm_head", base_columns=300, value_columns=500)
+    with Operations() as operations:
+        case.run("torch")
+    assert max(operations.sizes) == 4 * 300
+
+
+def test_one_float32_row_is_multiplied_as_two(monkeypatch):
+    products, original = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **out: products.append(b.shape) or original(a, b, **out))
+    for rows, factors in ((1, 2), (2, 2), (3, 3)):
+        lm_head_module.project(torch.ones(rows, 8), torch.ones(20, 8))
+        assert products.pop() == (8, factors)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_hidden_states_are_copied_only_where_rows_are_skipped(monkeypatch, skips):
+    case = plain_case("lm_head")
+    case.weights[1] *= not skips
+    taken, original = [], lm_head_module.take_rows
+    monkeypatch.setattr(lm_head_module, "take_rows", lambda *args: taken.append(args[1]) or original(*args))
+    check(case, "torch")
+    assert taken == ([[0, 2, 3]] if skips else [])
+
+
+def peak_of(case) -> int:
+    """The most bytes that a call has allocated at a time, those included that torch creates inside of an operation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        case.run("torch")
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = [0]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held.append(held[-1] + event.nbytes())
+    return max(held)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the CPU's memory; the torch backend is the CPU's")
+@pytest.mark.parametrize("index", ["none", "scattered"])
+@pytest.mark.parametrize("map_dtype", [None, torch.int64])
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [4096, 8000, 32_000])
+@pytest.mark.parametrize(
+    ("operation", "value_dtype", "most"),
+    [
+        ("value_add", torch.float32, 1.1),
+        ("value_add", torch.bfloat16, 1.1),
+        ("lm_head", torch.float32, 1.6),
+        ("lm_head", torch.bfloat16, 1.6),
+    ],
+)
+def test_memory_at_a_time(operation, value_dtype, most, columns, logits_dtype, map_dtype, index):
+    rows = 32
+    case = make_case(
+        operation,
+        rows,
+        columns,
+        value_dtype=value_dtype,
+        logits_dtype=logits_dtype,
+        map_dtype=map_dtype,
+        index_dtype=None,
+    )
+    case.weights.fill_(0.5)
+    if index == "scattered":
+        case.row_index = torch.randperm(rows + 3, device=device())[:rows]
+    fixed = columns * 8 * 3 + (2 << 20)  # the map, moved by one; rows by one; and a block of the matrix, widened
+    assert peak_of(case) <= most * rows * columns * 4 + fixed
 
 
 def test_a_single_row_needs_no_product():

@@ -21,7 +21,7 @@ def lm_head_value_add(
     vocab_map: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Add weighted value logits `hidden @ lm_head_weight.T` into `logits`, in place, without storing them.
+    """Add weighted value logits `hidden @ lm_head_weight.T` into `logits`, in place; Triton never stores them.
 
     `logits[row_index[i], j] += weights[i] * (hidden[i] · lm_head_weight[vocab_map[j]])`: `value_add` with the value
     network's output projection inside. Its promises are those of `value_add`: float32 sums and products, skipped rows,
@@ -69,7 +69,7 @@ def lm_head_value_add_torch(
     row_index: torch.Tensor | None,
     vocab_map: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The torch backend: what the CPU runs, and the reference that the kernel is tested against.
+    """The torch backend: what the CPU runs.
 
     The matrix is read once; the steered rows' value logits are the one large temporary. The gather through the map is
     left to `value_add`: gathering rows of the matrix would copy it.

@@ -1,4 +1,4 @@
-"""The torch backend of the solvers: what the CPU runs, and the reference that the kernel is tested against.
+"""The torch backend of the solvers: what the CPU runs.
 
 Row by row, with no more iterations than needed. On a CPU a row is solved by `ivl_kernels.fused_rows` where numba is
 installed; elsewhere, where exponents are too large for that, and where many threads share wide rows, with torch's

@@ -71,14 +71,17 @@ def value_add_torch(
     vocab_map: torch.Tensor | None,
     steered: tuple[Sequence[int], Sequence[int], list[float]] | None = None,
 ) -> torch.Tensor:
-    """The torch backend: what the CPU runs, and the reference that the kernel is tested against.
+    """The torch backend: what the CPU runs.
 
-    `steered` is what `steered_rows` gave, where the caller has asked already; its value rows may be fewer than weights.
+    `steered` is what `steered_rows` gave, from a caller who made `value_logits` for these rows alone and leaves them to
+    be overwritten.
 
     Long rows of float32 logits go one by one: the second pass over a row finds it in the processor's cache, and no
     temporary grows with the batch. Short rows and other dtypes go in groups that stay in the cache. Temporaries never
-    hold more numbers together than one of rows × columns, except where that is less than `SMALL`.
+    hold more numbers together than one of rows × columns, value logits that are left here not counted, except where
+    that is less than `SMALL`.
     """
+    is_owned = steered is not None
     rows, sources, factors = steered_rows(logits, weights, row_index) if steered is None else steered
     count, (height, base_width), (value_height, width) = len(rows), logits.shape, value_logits.shape
     if not (count and base_width and width):
@@ -103,11 +106,11 @@ def value_add_torch(
         row_index = torch.tensor(rows, device=logits.device)
         weights = torch.tensor(factors, device=logits.device, dtype=torch.float32)
     if count * (width if columns is None else max(width, base_width)) > SMALL:
-        add_in_groups(changed, value_logits, rows, sources, row_index, weights, columns)
+        add_in_groups(changed, value_logits, rows, sources, row_index, weights, columns, is_owned)
         return logits
     if count < value_height:
         value_logits = take_rows(value_logits, sources)
-    add_group(changed, value_logits, rows, row_index, weights, columns)
+    add_group(changed, value_logits, rows, row_index, weights, columns, is_owned)
     return logits
 
 
@@ -123,9 +126,9 @@ class Columns:
         self.has_gaps = vocab_map.min().item() < 0
         self.indices = vocab_map + ONE if self.has_gaps else vocab_map
 
-    def creates_two(self, value: torch.Tensor) -> bool:
-        """Whether gathering float32 numbers from these takes another temporary besides the result."""
-        return self.has_gaps or value.dtype != torch.float32
+    def temporaries(self, value: torch.Tensor) -> int:
+        """How many temporaries gathering float32 numbers from these takes, besides the result."""
+        return self.has_gaps + (value.dtype != torch.float32)
 
     def gather(self, value: torch.Tensor) -> torch.Tensor:
         """Give `[..., V_base]` from `[..., V_value]`, 0 where there is no partner."""
@@ -185,16 +188,19 @@ def add_in_groups(
     row_index: torch.Tensor | None,
     weights: torch.Tensor,
     columns: Columns | None,
+    is_owned: bool,
 ) -> None:
     """Add the value rows `sources` into `rows` of `logits`, as `add_group` does, in groups that stay in the cache."""
     count, width = len(rows), max(value_logits.shape[1], logits.shape[1])
-    # So many temporaries of a group together hold no more than one of rows × columns.
-    temporaries = 1 + (not is_run(sources)) + (columns is not None and columns.creates_two(value_logits))
-    group = min(rows_in_cache(width), -(-count // temporaries))
+    # So many temporaries of a group together hold no more than one of rows × columns, or half of that beside value
+    # logits that are a temporary themselves.
+    temporaries = 1 + (not is_run(sources)) + (0 if columns is None else columns.temporaries(value_logits))
+    group = min(rows_in_cache(width), -(-count // (2 * temporaries if is_owned else temporaries)))
     for start in range(0, count, group):
         part = slice(start, start + group)
         index = None if row_index is None else row_index[part]
-        add_group(logits, take_rows(value_logits, sources[part]), rows[part], index, weights[part], columns)
+        values = take_rows(value_logits, sources[part])
+        add_group(logits, values, rows[part], index, weights[part], columns, is_owned)
 
 
 def add_group(
@@ -204,26 +210,27 @@ def add_group(
     row_index: torch.Tensor | None,
     weights: torch.Tensor,
     columns: Columns | None,
+    is_owned: bool,
 ) -> None:
     """Add value rows, each times its weight, into `rows` of `logits` of any dtype, and round once.
 
-    `row_index` holds the same rows, or is None where they are consecutive.
+    `row_index` holds the same rows, or is None where they are consecutive; value rows that are owned are overwritten.
     """
     if weights.dtype != torch.float32:
         weights = weights.float()
     factors = weights.view(-1, 1)
     if columns is None and value_logits.dtype == torch.float32:
-        steer = value_logits * factors
+        steer = value_logits.mul_(factors) if is_owned else value_logits * factors
     else:
         value_logits = value_logits.float()  # before the gather, which is slow for narrower numbers
         if columns is not None:
             value_logits = columns.gather(value_logits)
         steer = value_logits.mul_(factors)
     steer.nan_to_num_(0.0, 0.0, 0.0)
-    first, last = rows[0], rows[-1]
-    if last - first == len(rows) - 1 and is_run(rows):
-        logits[first : last + 1].add_(steer)
-    elif logits.dtype == torch.float32 and logits.is_contiguous():
+    first, last, is_float32 = rows[0], rows[-1], logits.dtype == torch.float32
+    if last - first == len(rows) - 1 and is_run(rows) and (is_float32 or steer.numel() <= SMALL):
+        logits[first : last + 1].add_(steer)  # which widens other dtypes into temporaries of its own
+    elif is_float32 and logits.is_contiguous():
         logits.index_add_(0, row_index, steer)
     else:  # index_add_ is slow with strides and cannot mix dtypes
         views = logits.unbind(0)

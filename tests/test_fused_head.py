@@ -1,0 +1,97 @@
+"""When a value network's output projection goes through the fused kernel, and what the log says where it does not."""
+
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from ivl_vllm.serving import network as network_module
+
+ROWS, WIDTH = 40, 16
+
+
+class Model(nn.Module):
+    """As much of a vLLM model as its output projection needs."""
+
+    def __init__(self, bias=0.0, scale=1.0, soft_cap=None, tp_size=1, method=None):
+        super().__init__()
+        weight = nn.Parameter(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)))
+        self.lm_head = nn.Module()
+        self.lm_head.weight = weight
+        self.lm_head.quant_method, self.lm_head.tp_size = method or UnquantizedEmbeddingMethod(), tp_size
+        self.bias, self.scale, self.soft_cap = bias, scale, soft_cap
+
+    def compute_logits(self, hidden):
+        logits = hidden @ self.lm_head.weight.t() * self.scale + self.bias
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+class QuantizedMethod:
+    pass
+
+
+def made(caplog, model):
+    config = SimpleNamespace(
+        get_vocab_size=lambda: ROWS, get_hidden_size=lambda: WIDTH, dtype=torch.float32, model="small"
+    )
+    with caplog.at_level(logging.INFO, logger=network_module.logger.name):
+        network = network_module.Network(model, config, 8, ROWS)
+        for _ in range(3):
+            network.add_logits(torch.zeros(1, ROWS), torch.ones(1, WIDTH), torch.ones(1), None)
+    return network, [record.getMessage() for record in caplog.records if "output projection" in record.getMessage()]
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """As with a GPU; the kernels themselves stay with torch here."""
+    monkeypatch.setattr(network_module, "choose_backend", lambda *_: "triton")
+
+
+def test_a_plain_head_is_fused(triton, caplog):
+    model = Model()
+    network, said = made(caplog, model)
+    assert torch.equal(network.head, model.lm_head.weight)
+    assert said == ["ivl: value network small: output projection fused with the weighted add"]
+
+
+REASONS = {
+    "tensor parallel": (lambda: Model(tp_size=2), "split over tensor-parallel ranks"),
+    "quantized": (lambda: Model(method=QuantizedMethod()), r"quantized \(QuantizedMethod\)"),
+    "bias": (lambda: Model(bias=0.5), "a bias, a scale or a soft cap"),
+    "scale": (lambda: Model(scale=0.5), "a bias, a scale or a soft cap"),
+    "soft cap": (lambda: Model(soft_cap=5.0), "a bias, a scale or a soft cap"),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_other_heads_go_by_the_model_which_the_log_says_once(triton, caplog, monkeypatch, reason):
+    make, wanted = REASONS[reason]
+    model = make()
+    fused = []
+    monkeypatch.setattr(network_module, "lm_head_value_add", lambda *args, **kwargs: fused.append(args))
+    network, said = made(caplog, model)
+    assert network.head is None
+    assert not fused
+    assert len(said) == 1
+    assert re.search(f"by its own compute_logits, as .*{wanted}", said[0])
+    logits = torch.zeros(1, ROWS)
+    hidden = torch.linspace(-1, 1, WIDTH).view(1, -1)
+    network.add_logits(logits, hidden, torch.full((1,), 0.5), None)
+    torch.testing.assert_close(logits, 0.5 * model.compute_logits(hidden))
+
+
+def test_batch_invariance_keeps_to_vllm(triton, caplog, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    network, said = made(caplog, Model())
+    assert network.head is None
+    assert "VLLM_BATCH_INVARIANT asks for vLLM's own kernels" in said[0]
+
+
+def test_without_triton(caplog):
+    network, said = made(caplog, Model())
+    assert network.head is None
+    assert "there is no Triton for cpu" in said[0]
