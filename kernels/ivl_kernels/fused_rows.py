@@ -16,7 +16,7 @@ import numpy as np
 from llvmlite.binding import ffi
 from numba import njit
 
-from ivl_kernels.weight_search import find
+from ivl_kernels.weight_search import LARGEST_EXPONENT, find
 
 # vLLM's CPU worker asks whatever a module holds for its `__dict__`, and llvmlite's library takes that for the name of a
 # function: the next engine in this process would not start.
@@ -30,8 +30,6 @@ INFINITY_BITS, LEAST, LARGEST = INT(0x7F800000), INT(-0x80000000), INT(0x7FFFFFF
 C0, C1, C2, C3, C4, C5, C6 = (FLOAT(math.log(2.0) ** k / math.factorial(k)) for k in range(1, 8))
 # Exponents beyond these count as these: exp() would soon be no normal number.
 LEAST_EXPONENT, MOST_EXPONENT = FLOAT(-86.0), FLOAT(88.0)
-# exp() of more than this comes near float32's end when thousands of columns are added up.
-LARGEST_EXPONENT = 60.0
 # Sums may be taken in any order; where a number is NaN, what comes of it is not used.
 FAST = {"reassoc", "contract", "nsz", "nnan"}
 
@@ -39,7 +37,7 @@ _kept = threading.local()
 _find = njit(find)
 
 
-def memory(width):
+def memory(width: int) -> tuple[np.ndarray, np.ndarray]:
     """Two float32 arrays `[width]`: the thread's last ones if they serve, since new ones cost as much as a pass.
 
     They are NumPy's, because tensors made in inference mode may not be written to outside of it.
@@ -66,7 +64,7 @@ def _exp_parts(x):
 
 
 @njit("UniTuple(float32, 2)(float32[::1])", nogil=True)
-def bounds(numbers):
+def bounds(numbers: np.ndarray) -> tuple[float, float]:
     """The smallest and the largest of `numbers`, float32 `[V]`; one of them is NaN if it holds one."""
     low, high = LARGEST, LEAST
     for j in range(numbers.shape[0]):
@@ -76,7 +74,7 @@ def bounds(numbers):
 
 
 @njit("UniTuple(float32, 2)(float32[::1], float32[::1], float32[::1])", nogil=True)
-def subtract(value, anti, delta):
+def subtract(value: np.ndarray, anti: np.ndarray, delta: np.ndarray) -> tuple[float, float]:
     """Write `value - anti` into `delta`, all float32 `[V]`; give its bounds, of which one is NaN if it holds one."""
     low, high = LARGEST, LEAST
     for j in range(delta.shape[0]):
@@ -155,7 +153,7 @@ def _evaluate(curve, weight):
 
 
 @njit("float64(float32[::1], float32[::1], float32[::1])", nogil=True)
-def divergence(logits, delta, shares):
+def divergence(logits: np.ndarray, delta: np.ndarray, shares: np.ndarray) -> float:
     """KL(softmax(logits + delta) ‖ softmax(logits)) over the columns where a logit is finite.
 
     Args:
@@ -172,11 +170,10 @@ def divergence(logits, delta, shares):
     return _evaluate((shares, delta, float(high), float(centre), float(offset), float(variance)), 1.0)[0]
 
 
-@njit(
-    "UniTuple(float64, 2)(float32[::1], float32[::1], float32[::1], float64, float64, boolean)",
-    nogil=True,
-)
-def search(logits, delta, shares, limit, target, wants_largest):
+@njit("UniTuple(float64, 2)(float32[::1], float32[::1], float32[::1], float64, float64, boolean)", nogil=True)
+def search(
+    logits: np.ndarray, delta: np.ndarray, shares: np.ndarray, limit: float, target: float, wants_largest: bool
+) -> tuple[float, float]:
     """`ivl_kernels.weight_search.find` along `delta`, float32 `[V]` and finite; the others are as for `divergence`."""
     low, high, centre, offset, variance = _prepare(logits, delta, shares)
     curve = (shares, delta, float(high), float(centre), float(offset), float(variance))

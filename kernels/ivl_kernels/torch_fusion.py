@@ -11,15 +11,13 @@ import torch
 
 from ivl_kernels.fusion import LARGEST_DIFFERENCE
 from ivl_kernels.value_add import steered_rows
-from ivl_kernels.weight_search import find
+from ivl_kernels.weight_search import LARGEST_EXPONENT, find
 
 try:
     from ivl_kernels import fused_rows
 except ImportError:  # no numba
     fused_rows = None
 
-# exp() of more than this comes near float32's end when thousands of columns are added up.
-LARGEST_EXPONENT = 60.0
 # Torch shares the columns of wider rows among threads; with this many (an estimate) it overtakes the one of numba.
 SHARED_WIDTH, MANY_THREADS = 32768, 8
 

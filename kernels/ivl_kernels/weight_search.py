@@ -4,11 +4,24 @@ The backends differ in how they sum over columns. Torch's calls this as it is, `
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from ivl_kernels.fusion import ITERATIONS, LAST_MOVE, LAST_STEP
 
+# exp() of more than this comes near float32's end when thousands of columns are added up.
+LARGEST_EXPONENT = 60.0
 
-def find(evaluate, curve, spread, variance, limit, target, wants_largest):
+
+def find(
+    evaluate: Callable[[Any, float], tuple[float, float]],
+    curve: Any,
+    spread: float,
+    variance: float,
+    limit: float,
+    target: float,
+    wants_largest: bool,
+) -> tuple[float, float]:
     """Find the weight in `[0, limit]` where a curve meets `target`.
 
     Args:
