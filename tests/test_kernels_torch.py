@@ -120,16 +120,23 @@ def plain_case(operation: str = "value_add", **options):
     return case
 
 
+def scattered_case(operation: str = "value_add", **options):
+    """All rows steered, by an index that has no order."""
+    case = plain_case(operation, **options)
+    case.row_index = torch.tensor([3, 0, 6, 2], device=case.logits.device)
+    return case
+
+
 def test_long_float32_rows_go_one_by_one_and_in_one_pass(monkeypatch):
     monkeypatch.setattr(value_add_module, "SHORT_ROW", 0)
-    names = operations_of(plain_case())
+    names = operations_of(scattered_case())
     assert names.count("add_") == 4
     assert not {"mul", "mul_", "nan_to_num_", "index_add_", "_foreach_add_"} & set(names)
 
 
 def test_only_the_row_with_a_non_finite_value_takes_the_careful_path(monkeypatch):
     monkeypatch.setattr(value_add_module, "SHORT_ROW", 0)
-    case = plain_case()
+    case = scattered_case()
     case.value[1, 1] = NAN
     names = operations_of(case)
     assert names.count("nan_to_num_") == 1
@@ -137,9 +144,34 @@ def test_only_the_row_with_a_non_finite_value_takes_the_careful_path(monkeypatch
 
 
 def test_short_rows_go_together():
-    names = operations_of(plain_case())
-    assert [names.count(name) for name in ("mul", "nan_to_num_", "add_")] == [1, 1, 1]
+    names = operations_of(scattered_case())
+    assert [names.count(name) for name in ("mul", "nan_to_num_", "_foreach_add_")] == [1, 1, 1]
     assert "aminmax" not in names
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1000, 9000])
+def test_consecutive_rows_are_multiplied_and_added_at_once(columns, value_dtype):
+    case = plain_case(base_columns=columns, value_dtype=value_dtype)
+    check(case, "torch")
+    names = operations_of(case)
+    assert names.count("addcmul_") == names.count("aminmax") == 1
+    assert not {"mul", "nan_to_num_", "add_", "unbind"} & set(names)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skipped", [None, 0, 3])
+@pytest.mark.parametrize("first", [0, 2])
+def test_consecutive_rows_in_groups(monkeypatch, first, skipped, weights):
+    monkeypatch.setattr(value_add_module, "rows_in_cache", lambda width: 2)
+    case = plain_case()
+    case.row_index = torch.arange(first, first + 4, device=case.logits.device)
+    case.weights = torch.tensor([0.5, -1.25, 3.0, 0.75], device=case.logits.device).to(weights)
+    case.value[1, 7], case.value[2, 8] = NAN, torch.finfo(torch.float32).max  # in both groups
+    if skipped is not None:
+        case.weights[skipped] = 0.0
+    check(case, "torch")
+    assert operations_of(case).count("nan_to_num_") == (1 if skipped == 0 else 2)
 
 
 @pytest.mark.parametrize("map_dtype", [None, torch.int32])

@@ -76,8 +76,9 @@ def value_add_torch(
     `steered` is what `steered_rows` gave, from a caller who made `value_logits` for these rows alone and leaves them to
     be overwritten.
 
-    Long rows of float32 logits go one by one: the second pass over a row finds it in the processor's cache, and no
-    temporary grows with the batch. Short rows and other dtypes go in groups that stay in the cache. Temporaries never
+    Consecutive rows of float32 logits, as where every row is steered, are multiplied and added in one operation. Other
+    long ones go one by one: the second pass over a row finds it in the processor's cache, and no temporary grows with
+    the batch. Short rows and other dtypes go in groups that stay in the cache. Temporaries never
     hold more numbers together than one of rows × columns, value logits that are left here not counted, except where
     that is less than `SMALL`.
     """
@@ -97,7 +98,11 @@ def value_add_torch(
         # A gather from a matrix is slow with other dtypes.
         add_row(changed, value_logits if columns is None else value_logits.view(-1), factors[0], columns)
         return logits
-    if is_float32 and (count == 1 or width >= SHORT_ROW):
+    is_alone = is_float32 and count == 1
+    if is_float32 and columns is None and not is_alone and is_run(rows) and is_run(sources):
+        add_run(changed, value_logits, rows[0], sources[0], weights, factors)
+        return logits
+    if is_alone or (is_float32 and width >= SHORT_ROW):
         targets, values = row_views(changed, rows), row_views(value_logits, sources)
         for target, value, factor in zip(targets, values, factors, strict=True):
             add_row(target, value, factor, columns)
@@ -112,6 +117,28 @@ def value_add_torch(
         value_logits = take_rows(value_logits, sources)
     add_group(changed, value_logits, rows, row_index, weights, columns, is_owned)
     return logits
+
+
+def add_run(
+    logits: torch.Tensor,
+    value_logits: torch.Tensor,
+    row: int,
+    source: int,
+    weights: torch.Tensor,
+    factors: list[float],
+) -> None:
+    """Add value rows from `source` on, each times its factor, into rows of float32 logits from `row` on."""
+    count, width = len(factors), logits.shape[1]
+    if count < weights.numel() or weights.dtype != torch.float32:
+        weights = torch.tensor(factors, device=logits.device, dtype=torch.float32)
+    steps, group, largest = weights.view(-1, 1), rows_in_cache(width), max(map(abs, factors))
+    for start in range(0, count, group):
+        end = min(start + group, count)
+        target, value = logits[row + start : row + end], value_logits[source + start : source + end]
+        if largest_magnitude(value) * largest <= FLOAT32_MAX:  # which leaves the rows in the cache
+            target.addcmul_(value, steps[start:end])
+        else:
+            target.add_((value * steps[start:end]).nan_to_num_(0.0, 0.0, 0.0))
 
 
 class Columns:
