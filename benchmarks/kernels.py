@@ -157,36 +157,51 @@ def measure_cpu(quick: bool) -> dict:
         for dtype in (torch.float32, torch.bfloat16)
         for has_map in (False, True)
     ]
-    head = [(r, torch.float32) for r in (1, 2, 4, 8, 16)] + [(r, torch.bfloat16) for r in (1, 4, 16, 64)]
+    head = [(r, torch.float32) for r in (1, 2, 4, 8, 16)] + [(r, torch.bfloat16) for r in (1, 4, 16)]
     cases += [{"rows": r, "columns": 32_000, "hidden": 896, "value_dtype": t} for r, t in (head[:2] if quick else head)]
     results = []
     for case in progress(cases):
         naive = project_naively if "hidden" in case else eager
         inputs = make_inputs(device, **case)
-        # Both round the value logits of a bfloat16 head.
-        check(ours, inputs, tolerance=2e-3 if "hidden" in case and case["value_dtype"] != torch.float32 else 2e-5)
+        check(ours, inputs)
         steps = {"ours": ours, "naive": naive}
+        if "hidden" in case and case["value_dtype"] != torch.float32:
+            # The naive product rounds value logits to 8 bits; this one gives the numbers that ours gives.
+            check(project_in_float32, inputs)
+            steps["naive, float32 sums"] = project_in_float32
         steps = {key: lambda step=step: step(inputs) for key, step in steps.items()}  # noqa: B023
-        timings = time_cpu(steps, 0.2 if quick else 5.0 if "hidden" in case else 1.5)
+        timings = time_cpu(steps, 0.2 if quick else 2.0)
         name = "lm_head_value_add" if "hidden" in case else "value_add"
         result = {"operation": name, **case, "value_dtype": str(case["value_dtype"]).removeprefix("torch.")}
         result["timings"] = {key: timing._asdict() for key, timing in timings.items()}
         result["times_faster"] = timings["naive"].median_us / timings["ours"].median_us
+        same = list(timings.values())[-1]  # the naive expression that gives the same numbers
+        result["times_faster_same_numbers"] = same.median_us / timings["ours"].median_us
         results.append(result)
     goals = [{"goal": text, "target": f"{sign} {target}", "measured": None} for text, target, sign in GOALS]
-    for name in ("value_add", "lm_head_value_add"):
-        slowest = min((case for case in results if case["operation"] == name), key=lambda case: case["times_faster"])
+    for name, key in (
+        ("value_add", "times_faster"),
+        ("lm_head_value_add", "times_faster_same_numbers"),
+        ("lm_head_value_add", "times_faster"),
+    ):
+        slowest = min((case for case in results if case["operation"] == name), key=lambda case: case[key])
         shape = f"{slowest['rows']} × {slowest['columns']} {slowest['value_dtype']}"
-        threads = torch.get_num_threads()
-        text = f"{name} on {threads} CPU thread(s), rows by an index: times faster than naive; least at {shape}"
-        least = slowest["times_faster"]  # where both are one product by one library, they differ by noise alone
-        goals.append({"goal": text, "target": "≥ 1, less 1 % of noise", "measured": least, "met": least >= 0.99})
+        other = "naive with float32 sums" if "same" in key else "naive"
+        text, least = f"{name} on the CPU, times faster than {other}; least at {shape}", slowest[key]
+        goals.append({"goal": text, "target": "≥ 1.0", "measured": least, "met": least >= 1})
+    goals[-1]["note"] = "bfloat16 heads: naive rounds value logits to bfloat16, another result; for comparison, no goal"
     return {"environment": environment(device), "clock": CPU_CLOCK, "cases": results, "goals": goals}
 
 
 def project_naively(inputs: Inputs) -> None:
     """The naive expression of `lm_head_value_add`."""
     inputs.logits[inputs.row_index] += inputs.weights[:, None] * (inputs.hidden @ inputs.matrix.t())
+
+
+def project_in_float32(inputs: Inputs) -> None:
+    """The naive expression of `lm_head_value_add` with float32 sums, as ours promises."""
+    value = inputs.hidden.float() @ inputs.matrix.float().t()
+    inputs.logits[inputs.row_index] += inputs.weights[:, None] * value
 
 
 def tune() -> dict:
@@ -242,7 +257,8 @@ def print_report(report: dict) -> None:
             f"{name} {t['median_us']:.0f} µs" + (f" ({t['share_of_copy']:.0%} of copy)" if "share_of_copy" in t else "")
             for name, t in case["timings"].items()
         )
-        print(what, times, f" {case['times_faster']:.2f}×" if "times_faster" in case else "")
+        faster = [f" {case[key]:.2f}×" for key in ("times_faster", "times_faster_same_numbers") if key in case]
+        print(what, times, *dict.fromkeys(faster))
     print()
     for goal in report["goals"]:
         state = "not yet measured" if goal["measured"] is None else f"{goal['measured']:.2f}"

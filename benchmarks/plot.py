@@ -76,13 +76,19 @@ def draw(report: dict, output: Path) -> None:
 
 
 def draw_speed_up(panel: plt.Axes, label: str, line: list[dict], rows: list[int]) -> None:
-    """Draw one line: colour for the columns, squares for bfloat16, dashes for a map."""
+    """Draw one line: colour for the columns, squares for bfloat16, dashes for a map.
+
+    Where the naive expression gives other numbers, a dotted line shows the speed against the one that gives the same.
+    """
     widths = [1000, 4096, 8192, 32_000, 151_936]
     columns, is_bfloat16 = line[0]["columns"], line[0]["value_dtype"] == "bfloat16"
     color = f"C{widths.index(columns) if columns in widths else len(widths)}"
     style = {"color": color, "marker": "s" if is_bfloat16 else "o", "markersize": 4}
     dashes = "--" if line[0].get("has_map") else "-"
     panel.plot(rows, [case["times_faster"] for case in line], linestyle=dashes, label=label, **style)
+    if any(case["times_faster_same_numbers"] != case["times_faster"] for case in line):
+        same = [case["times_faster_same_numbers"] for case in line]
+        panel.plot(rows, same, linestyle=":", label=f"{label}, naive with fp32 sums", **style)
 
 
 def draw_bandwidth(panel: plt.Axes, label: str, line: list[dict], rows: list[int]) -> None:

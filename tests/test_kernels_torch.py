@@ -9,62 +9,15 @@ import ivl_kernels
 import pytest
 import torch
 from ivl_kernels.checks import choose_backend
-from kernel_cases import NAN, KernelCases, check, expected, lm_head_module, make_case
+from kernel_cases import NAN, KernelCases, check, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 value_add_module = importlib.import_module("ivl_kernels.value_add")
+lm_head_module = importlib.import_module("ivl_kernels.lm_head_value_add")
 
 
-@pytest.fixture
-def widened(monkeypatch):
-    """Narrow heads are widened to float32 even where the CPU multiplies them itself."""
-    monkeypatch.setattr(lm_head_module, "is_native", lambda *_: False)
-
-
-@pytest.mark.usefixtures("widened")
 class TestTorch(KernelCases):
     backend = "torch"
-
-
-class TestTorchNative(KernelCases):
-    """bfloat16 heads are multiplied as they are, whatever this CPU can do."""
-
-    backend = "torch"
-
-    @pytest.fixture(autouse=True)
-    def native(self, monkeypatch):
-        monkeypatch.setattr(lm_head_module, "is_native", lambda dtype, _: dtype == torch.bfloat16)
-
-
-@pytest.mark.parametrize("map_dtype", [None, torch.int32])
-@pytest.mark.parametrize("n", [1, 16])
-def test_heads_that_the_cpu_multiplies_itself_are_rounded_once(monkeypatch, n, map_dtype):
-    monkeypatch.setattr(lm_head_module, "is_native", lambda *_: True)
-    case = make_case("lm_head", n, 300, value_dtype=torch.bfloat16, map_dtype=map_dtype)
-    case.value = (case.hidden.double() @ case.matrix.double().t()).bfloat16()
-    want, bound = expected(case)
-    change = (want - case.storage.double().cpu()).abs()
-    rounded = change * torch.finfo(torch.bfloat16).eps  # a sum may lie so near the middle that it goes the other way
-    case.value = None
-    with Operations() as operations:
-        case.run("torch")
-    assert operations.names.count("mm") == 1
-    off = (case.storage.double().cpu() - want).abs()
-    assert (off <= bound + rounded).all()
-    assert (off <= bound)[change > 0].double().mean() > 0.9
-
-
-def test_which_heads_the_cpu_multiplies_itself(monkeypatch):
-    is_native = lm_head_module.is_native.__wrapped__  # without the answers that are kept
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    for answer in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer)
-        assert is_native(torch.bfloat16, "cpu") is answer
-        for dtype, place in ((torch.float16, "cpu"), (torch.float32, "cpu"), (torch.bfloat16, "cuda")):
-            assert not is_native(dtype, place)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not is_native(torch.bfloat16, "cpu")
 
 
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])
@@ -313,7 +266,6 @@ def test_product_for_every_number_of_rows(monkeypatch, count, dtype, product):
     assert product == "matrix first" or len(operations.sizes) == (2 if product else 1)
 
 
-@pytest.mark.usefixtures("widened")
 def test_the_projection_goes_in_blocks(monkeypatch):
     monkeypatch.setattr(lm_head_module, "BLOCK_BYTES", 4 * 64 * 100)
     for dtype in (torch.float32, torch.bfloat16):

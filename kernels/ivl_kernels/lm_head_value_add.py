@@ -1,7 +1,5 @@
 """`lm_head_value_add`: project the value network's hidden states and add them, weighted, into base logits."""
 
-import functools
-
 import torch
 
 from ivl_kernels.checks import check_operands, choose_backend
@@ -25,10 +23,8 @@ def lm_head_value_add(
 
     `logits[row_index[i], j] += weights[i] * (hidden[i] · lm_head_weight[vocab_map[j]])`: `value_add` with the value
     network's output projection inside. Its promises are those of `value_add`: float32 sums and products, skipped rows,
-    `-inf` stays, what is not finite contributes nothing. One exception: where a CPU multiplies the head's dtype itself
-    (bfloat16, since AVX-512), value logits are rounded once to that dtype, as vLLM rounds the base's. A bias, a scale,
-    a soft cap or a quantized head are not applied here: compute such value logits with the model's own code and call
-    `value_add`.
+    `-inf` stays, what is not finite contributes nothing. A bias, a scale, a soft cap or a quantized head are not
+    applied here: compute such value logits with the model's own code and call `value_add`.
 
     Args:
         logits: `[rows, V_base]` float32, bfloat16 or float16, columns adjacent, rows possibly strided. Changed.
@@ -71,8 +67,8 @@ def lm_head_value_add_torch(
 ) -> torch.Tensor:
     """The torch backend: what the CPU runs.
 
-    The matrix is read once; the steered rows' value logits are the one large temporary. The gather through the map is
-    left to `value_add`: gathering rows of the matrix would copy it.
+    The matrix is read once, in blocks that are widened to float32 in the cache; the steered rows' value logits are the
+    one large temporary. The gather through the map is left to `value_add`: gathering rows of the matrix would copy it.
     """
     rows, sources, factors = steered_rows(logits, weights, row_index)
     if not rows:
@@ -81,23 +77,9 @@ def lm_head_value_add_torch(
     matrix = lm_head_weight
     if vocab_map is None and logits.shape[1] < matrix.shape[0]:
         matrix = matrix[: logits.shape[1]]
-    if is_native(matrix.dtype, matrix.device.type):
-        value_logits = torch.mm(inputs, matrix.t())
-    else:
-        value_logits = project(inputs.to(torch.float32), matrix)
+    value_logits = project(inputs.to(torch.float32), matrix)
     steered = rows, range(len(rows)), factors
     return value_add_torch(logits, value_logits, weights, row_index, vocab_map, steered)
-
-
-@functools.cache
-def is_native(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether this CPU multiplies matrices of this dtype itself, with float32 sums.
-
-    Not float16: value logits may be beyond its largest number.
-    """
-    if device_type != "cpu" or dtype != torch.bfloat16:
-        return False
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def project(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
