@@ -3,15 +3,15 @@
 On a CPU:    python benchmarks/throughput.py               125 M base, 21 M value network, fp32
 Wiring:      python benchmarks/throughput.py --quick       the same models, a quarter of the requests, one round
 Curves:      python benchmarks/throughput.py --only curves concurrency, size of the value network, vocabulary, context
-Compiled:    python benchmarks/throughput.py --compile     torch.compile (CUDA graphs on a GPU) beside eager, too
 Busy CPU:    python benchmarks/throughput.py --threads 1 --clock cpu     CPU time of one thread, +-5 % a round
 On a GPU:    python benchmarks/throughput.py --scale gpu   shapes of Qwen2.5-7B and 0.5B, bf16, vLLM's dummy weights;
                                                            with drafts too. Has never run: no GPU was at hand.
 
-Requests are sent all at once; cases take turns, round after round, and figures are medians over rounds. Flags and
-fields are those of `vllm bench throughput` and `vllm bench serve`, whose functions compute TTFT, TPOT and ITL. Tokens
-are compared with transformers' before anything is timed. Parts may run one by one: each replaces its own section of the
-JSON file, and what it has is saved as it goes.
+`serving` is eager, `compiled` has torch.compile (CUDA graphs on a GPU), and so has vLLM beside its peers. Requests are
+sent all at once; cases take turns, round after round, and figures are medians over rounds. Flags and fields are those
+of `vllm bench throughput` and `vllm bench serve`, whose functions compute TTFT, TPOT and ITL. Tokens are compared with
+transformers' before anything is timed. Parts may run one by one: each replaces its own section of the JSON file, and
+what it has is saved as it goes.
 """
 
 import argparse
@@ -67,14 +67,9 @@ def main() -> None:
         "--only",
         choices=PARTS,
         nargs="+",
-        help="parts to run (default: serving, sweep and peers; on a GPU serving, compiled and speculative)",
+        help="parts to run (default: serving, compiled, sweep and peers; on a GPU serving, compiled and speculative)",
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests, one round")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="the part `compiled` too: plain twice, none, all and the value network alone, on a GPU every case",
-    )
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases of the part `serving` (default: all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 3, peers 2)")
     parser.add_argument("--num-prompts", type=int, metavar="N", help="requests, all sent at once")
@@ -114,8 +109,8 @@ def main() -> None:
         parser.error(f"--clock cpu adds up the time of {arguments.threads} threads: give --threads 1 with it")
     name = f"throughput-{arguments.scale}{'-quick' if arguments.quick else ''}.json"
     output = arguments.output_json or HERE / "results" / name
-    usual = ["serving", "sweep", "peers"] if scale.random_weights else ["serving", "compiled", "speculative"]
-    parts = (arguments.only or usual) + (["compiled"] if arguments.compile else [])
+    usual = ["serving", "compiled", *(["sweep", "peers"] if scale.random_weights else ["speculative"])]
+    parts = arguments.only or usual
     if not scale.random_weights and {"sweep", "peers"} & set(parts):
         parser.error("peers need weights in a folder, and --scale gpu has vLLM's dummy ones")
     if "speculative" in parts and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -176,7 +171,7 @@ def main() -> None:
         if any(found.get("scale", {}).get(key) != value for key, value in now.items()):
             parser.error("--only peers needs the best batch size for these requests: run --only sweep peers")
         best = {name: way["best"] for name, way in found["ways"].items()}
-        measure_peers(setup(), best, rounds(2), arguments.seed, say, saver("peers"))
+        measure_peers(setup(compiled=True), best, rounds(2), arguments.seed, say, saver("peers"))
     if "curves" in parts:
         from throughput_curves import measure as measure_curves
 
