@@ -3,6 +3,7 @@
 import pytest
 import torch
 from training_tools import (
+    WORDS,
     flags,
     make_family,
     make_model,
@@ -57,6 +58,63 @@ def test_messages_and_prompt_completion_give_the_same_labels(family, tmp_path):
     assert rows["messages"] == rows["plain"] == rows["pairs"]
 
 
+TOOL_TEMPLATE = (
+    "{% if tools %}{% for t in tools %}{{ t['name'] }} {% endfor %}{% endif %}{% for m in messages %}"
+    "{% if 'tool_calls' in m %}answer : {% for c in m['tool_calls'] %}{{ c['function']['name'] }} "
+    "{% for k, v in c['function']['arguments'].items() %}{{ k }} {{ v }} {% endfor %}{% endfor %}{{ eos_token }} "
+    "{% elif m['role'] == 'assistant' %}answer : {{ m['content'] }} {{ eos_token }} "
+    "{% else %}{{ m['role'] }} : {{ m['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ lead | default('') }}answer :{% endif %}"
+)
+
+
+def test_tools_calls_and_template_settings_reach_the_template_as_they_are_in_the_line(tmp_path):
+    """Nothing is lost that the first line lacks, and no message gets the fields of another."""
+    from ivl_vllm.training.command import prepare
+
+    root = make_family(tmp_path)
+    words = [*WORDS, "user", "tool", "f", "g", "x", "y", "1", "None", "quick"]
+    for name in ("base", "small"):
+        make_model(root / name, make_tokenizer(words, TOOL_TEMPLATE))
+    ask = {"role": "user", "content": "a"}
+
+    def call(name, **arguments):
+        function = {"name": name, "arguments": arguments}
+        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+
+    rows = [
+        {"messages": [ask, {"role": "assistant", "content": "b"}]},
+        {"messages": [ask, call("f", x="c")], "tools": [{"name": "f"}], "chat_template_kwargs": {"lead": "quick "}},
+        {
+            "prompt": [ask],
+            "completion": [call("g", y=1), {"role": "tool", "content": "d"}, {"role": "assistant", "content": "e"}],
+            "tools": [{"name": "g"}],
+        },
+    ]
+    data = write_rows(tmp_path / "tools.jsonl", rows)
+    texts = answer_texts(prepare(flags(root, tmp_path / "out", f"--data={data}")).trainer)
+    assert texts == [
+        ("user : a answer : b <eos>", "b <eos>"),
+        # The setting is of the prompt alone, so what is trained begins where the two part.
+        ("f user : a answer : f x c <eos>", "answer : f x c <eos>"),
+        ("g user : a answer : g y 1 <eos>", "g y 1 <eos>"),
+        ("g user : a answer : g y 1 <eos> tool : d answer : e <eos>", "e <eos>"),
+    ]
+
+
+def test_a_conversation_that_the_template_refuses_is_told_with_its_line(family, tmp_path, capsys):
+    template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    make_model(tmp_path / "base", make_tokenizer(template=template + "{{ m['content'] }} {% endfor %}"))
+    rows = next_letter_rows(3, 0)
+    rows[2]["messages"].insert(0, {"role": "system", "content": "a"})
+    words = (f"--base={tmp_path / 'base'}", f"--data={write_rows(tmp_path / 'd.jsonl', rows)}")
+    assert cli.main(["train", *flags(family, tmp_path / "never", *words)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "ivl train: error: --data, line 3: the chat template does not take this conversation: no system role" in error
+    )
+
+
 def test_plain_completions_learn_to_stop(family, tmp_path):
     from ivl_vllm.training.command import prepare
 
@@ -98,6 +156,10 @@ def test_plain_completions_learn_to_stop(family, tmp_path):
         ('{"prompt": "a", "completion": 3}\n', "the prompt is text and the completion is the number 3"),
         ('{"prompt": ["a"], "completion": null}\n', "the prompt is a list and the completion is null"),
         ('{"prompt": "a", "completon": "b"}\n', "; got completon, prompt; did you mean 'completion' by 'completon'?"),
+        (
+            '{"prompt": "a", "completion": "b", "chat_template_kwargs": 1}\n',
+            "line 1: `chat_template_kwargs` must be an object, not the number 1",
+        ),
         ('{"message": []}\n', "; got message; did you mean 'messages' by 'message'?"),
     ],
 )

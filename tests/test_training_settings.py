@@ -48,6 +48,12 @@ def test_yaml_file_with_flags_on_top(tmp_path):
         config.write_text(f"base: x\ndata: y\noutput: z\n{name}: {given}\n")
         with pytest.raises(ValueError, match=f"--{name} is '{given}'; expected .* or "):
             parse(["--config", str(config)])
+    # YAML takes `no` for false.
+    config.write_text(
+        "base: x\ndata: y\noutput: z\nsave_strategy: no\neval_strategy: no\npacking: no\nmore_bases: B1\n"
+    )
+    value_args, args = parse(["--config", str(config)])
+    assert (args.save_strategy, args.eval_strategy, args.packing, value_args.more_bases) == ("no", "no", False, ["B1"])
     config.write_text("base: x\ndata: y\noutput: z\nnorm-positions: all\n")
     assert parse(["--config", str(config)])[0].norm_positions == "all"
     assert parse(["--config", str(config), "--norm_positions=answer"])[0].norm_positions == "answer"
@@ -183,6 +189,9 @@ def bad_inputs(family, tmp_path):
     (adapter / "adapter_config.json").write_text("{}")
     narrow = make_model(tmp_path / "narrow", make_tokenizer(words=WORDS[:6]))
     make_tokenizer().save_pretrained(narrow)
+    readme = tmp_path / "project"
+    readme.mkdir()
+    (readme / "README.md").write_text("mine")
     broken, listed = tmp_path / "broken.yaml", tmp_path / "listed.yaml"
     broken.write_text("base: [x")
     listed.write_text("- base")
@@ -195,6 +204,14 @@ def bad_inputs(family, tmp_path):
         f"--base={mute}": "no chat template",
         f"--init={narrow}": "beyond a network's vocabulary",
         f"--output={family / 'small'}": "would be overwritten",
+        f"--output={family / 'other'}": "its config.json is not of `ivl train` and would be overwritten",
+        f"--output={readme}": "its README.md is not of `ivl train` and would be overwritten",
+        "--label_smoothing_factor=0.1": "--label_smoothing_factor 0.1: not offered, leave it out; the loss is",
+        "--loss_type=dft": "--loss_type dft: not offered",
+        "--push_to_hub=true": "hf upload NAME",
+        '--model_init_kwargs={"revision": "x"}': "--model_init_kwargs: revision is not offered",
+        "--chat_template_path=absent.jinja": "--chat_template_path absent.jinja: no such file",
+        f"--chat_template_path={mute}": "that tokenizer has no chat template",
         f"--output={family / 'train.jsonl'}": "a file is in the way",
         f"--data={tmp_path / 'absent'}": f"--data {tmp_path / 'absent'}: no such file; give the path of a file of JSON",
         f"--eval_data={tmp_path / 'absent'}": f"--eval_data {tmp_path / 'absent'}: no such file; give the path of",
@@ -225,6 +242,49 @@ def test_bad_input_is_one_line_and_exit_status_2(family, tmp_path, capsys):
         assert len(err) == 1, flag
         assert message in err[0], err
         assert not (output / "model.safetensors").exists()
+
+
+def test_one_process_with_several_gpus_is_refused():
+    from ivl_vllm.training.processes import check_group
+
+    check_group(1, 1)
+    with pytest.raises(ValueError, match="sees 4 GPUs .* CUDA_VISIBLE_DEVICES=0 .* torchrun --nproc_per_node 4"):
+        check_group(1, 4)
+
+
+def test_another_chat_template_leaves_vocabulary_and_network_alone(family, tmp_path):
+    """TRL itself would give the value network the other tokenizer's tokens too."""
+    from ivl_vllm.training.command import prepare
+
+    template = "{% for m in messages %}{{ m['content'] }} . {% endfor %}"
+    other = make_model(tmp_path / "other", make_tokenizer([*WORDS, "extra"], template))
+    (tmp_path / "t.jinja").write_text(template)
+    for path in (other, tmp_path / "t.jinja"):
+        trainer = prepare(flags(family, tmp_path / "out", f"--chat_template_path={path}")).trainer
+        tokenizer = trainer.processing_class
+        assert tokenizer.chat_template == template
+        assert len(tokenizer) == len(make_tokenizer()) == trainer.model.get_input_embeddings().num_embeddings
+        text = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
+        assert text.count(".") == 2 and "question" not in text
+
+
+def test_networks_with_fewer_positions_lower_the_length(family, tmp_path, capsys):
+    from ivl_vllm.training.command import prepare
+
+    run = prepare(flags(family, tmp_path / "out"))
+    assert run.trainer.args.max_length == 64
+    assert f"--max_length is 64: --base {family / 'base'} has no more positions" in capsys.readouterr().out
+    assert prepare(flags(family, tmp_path / "out", "--max_length=32")).trainer.args.max_length == 32
+    assert "no more positions" not in capsys.readouterr().out
+
+
+def test_the_attention_can_be_chosen(family, tmp_path):
+    from ivl_vllm.training.command import prepare
+
+    for chosen in ("eager", "sdpa"):
+        words = f'--model_init_kwargs={{"attn_implementation": "{chosen}"}}'
+        trainer = prepare(flags(family, tmp_path / "out", words)).trainer
+        assert {trainer.model.config._attn_implementation, trainer.base.config._attn_implementation} == {chosen}
 
 
 GOOD = {

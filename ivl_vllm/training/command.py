@@ -15,7 +15,7 @@ from ivl_vllm.training.base_cache import fingerprint
 from ivl_vllm.training.data import read_examples, split_examples, to_dataset
 from ivl_vllm.training.folders import list_checkpoints
 from ivl_vllm.training.frozen_bases import load_more_bases
-from ivl_vllm.training.ivl_config import IVLConfig
+from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
 from ivl_vllm.training.lora import add_lora
 from ivl_vllm.training.model_card import Card, serve_command
 from ivl_vllm.training.parsing import parse
@@ -81,7 +81,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     flag = "--init" if value_args.init else "--base"
     init_name = models.locate_model(value_args.init, flag) if value_args.init else base_name
     more_names = [models.locate_model(name, "--more_bases") for name in value_args.more_bases or ()]
-    output = _check_output(args.output_dir, (base_name, init_name))
+    output = _check_output(args.output_dir, (base_name, init_name, *more_names))
     args.resume_from_checkpoint = _check_checkpoint(output, args.resume_from_checkpoint)
     train, held_out = split_examples(read_examples(value_args.data, "--data"), value_args.eval_fraction, args.seed)
     if value_args.eval_data:
@@ -94,22 +94,31 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     if (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
         raise ValueError("--packing_strategy wrapped lets examples see each other; leave it at bfd")
 
-    tokenizer = models.load_tokenizer(base_name, "--base")
+    options = _loading_options(args)
+    tokenizer = models.load_tokenizer(base_name, "--base", args.trust_remote_code)
     if init_name != base_name:
-        models.check_same_vocabulary(
-            tokenizer, base_name, models.load_tokenizer(init_name, "--init"), init_name, "--init"
-        )
-    if not train[0]["plain"] and tokenizer.chat_template is None and args.chat_template_path is None:
+        other = models.load_tokenizer(init_name, "--init", args.trust_remote_code)
+        models.check_same_vocabulary(tokenizer, base_name, other, init_name, "--init")
+    if args.chat_template_path:
+        tokenizer.chat_template = models.read_chat_template(args.chat_template_path, args.trust_remote_code)
+        # TRL would give the value network that tokenizer's vocabulary too.
+        args.chat_template_path = None
+    if not train[0]["plain"] and tokenizer.chat_template is None:
         raise ValueError(
             f"--base {value_args.base}: its tokenizer has no chat template, which messages need; give one with "
             "--chat_template_path, or write the data as plain prompt and completion"
         )
-    base = models.load_base(base_name)
-    more_bases = load_more_bases(more_names, tokenizer, base_name)
+    base = models.load_base(base_name, options)
+    more_bases = load_more_bases(more_names, tokenizer, base_name, options)
     if value_args.init_config:
-        value, stored_dtype = models.build_value(value_args.init_config, base, args.seed, value_args.zero_output_layer)
+        value, stored_dtype = models.build_value(
+            value_args.init_config, base, args.seed, value_args.zero_output_layer, options
+        )
     else:
-        value, stored_dtype = models.load_value(init_name, flag, value_args.zero_output_layer)
+        value, stored_dtype = models.load_value(init_name, flag, value_args.zero_output_layer, options)
+    start = f"--init_config {value_args.init_config}" if value_args.init_config else f"{flag} {init_name}"
+    others = {f"--more_bases {name}": other for name, other in zip(more_names, more_bases, strict=True)}
+    _limit_length(args, {f"--base {base_name}": base, **others, start: value})
     vocab_size = value.config.get_text_config().vocab_size
     record = _record(value_args, args.seed, (base_name, base), (init_name, value), (more_names, more_bases))
     if args.resume_from_checkpoint:
@@ -209,6 +218,25 @@ def _describe(trainer: ValueTrainer, card: Card, record: RunRecord, folder: Path
     card.write(folder, place)
 
 
+def _loading_options(args: Any) -> dict[str, Any]:
+    """What every loader of a model is given; `--model_init_kwargs` may choose the attention."""
+    chosen, args.model_init_kwargs = args.model_init_kwargs or {}, None
+    if more := sorted(set(chosen) - {"attn_implementation"}):
+        raise ValueError(f"--model_init_kwargs: {', '.join(more)} is not offered here, only attn_implementation")
+    return {"trust_remote_code": args.trust_remote_code, **chosen}
+
+
+def _limit_length(args: Any, networks: dict[str, Any]) -> None:
+    """Lower `--max_length` to the positions that all networks have; learned ones end there for good."""
+    configs = {name: network.config.get_text_config() for name, network in networks.items()}
+    positions = {name: getattr(config, "max_position_embeddings", None) for name, config in configs.items()}
+    known = {name: count for name, count in positions.items() if isinstance(count, int) and count > 0}
+    if known and (args.max_length is None or min(known.values()) < args.max_length):
+        name, args.max_length = min(known.items(), key=lambda item: item[1])
+        if args.process_index == 0:
+            print(f"--max_length is {args.max_length}: {name} has no more positions", flush=True)
+
+
 def _check_sharding(trainer: ValueTrainer) -> None:
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
@@ -221,7 +249,7 @@ def _check_sharding(trainer: ValueTrainer) -> None:
 def _check_checkpoint(output: Path, name: str | None) -> str | None:
     """Find the checkpoint to go on from; refuse to mix a new run with an earlier one's checkpoints."""
     found = list_checkpoints(output)
-    if name is None or name.lower() in ("", "false", "none"):
+    if name is None or name.lower() in ("", "no", "false", "none"):
         if found:
             raise ValueError(
                 f"--output {output}: it holds checkpoints of an earlier run; go on from there with --resume last, "
@@ -242,7 +270,15 @@ def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {name}: a file is in the way")
     if str(output.resolve()) in inputs:
-        raise ValueError(f"--output {name}: that is the folder of --base or --init, which would be overwritten")
+        raise ValueError(
+            f"--output {name}: that is the folder of --base, --init or --more_bases, which would be overwritten"
+        )
+    if not (output / CONFIG_NAME).exists():
+        for file in ("config.json", "README.md"):
+            if (output / file).exists():
+                raise ValueError(
+                    f"--output {name}: its {file} is not of `ivl train` and would be overwritten; choose another folder"
+                )
     return output
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Example = dict[str, Any]
 
-_FIELDS = ("messages", "prompt", "completion", "tools")
+_FIELDS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 _KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
 
 
@@ -25,7 +25,7 @@ def read_examples(path: str | Path, flag: str = "") -> list[Example]:
 
     Args:
         path: UTF-8 text, one object a line: `messages`, or `prompt` and `completion` (both text or both messages);
-            `tools` beside either. Blank lines are skipped.
+            beside either `tools` and `chat_template_kwargs`, an object for the chat template. Blank lines are skipped.
         flag: The flag that it came from, for messages on the file as a whole.
 
     Returns:
@@ -71,7 +71,7 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
     if "messages" in row:
         pairs = _assistant_turns(row["messages"], where)
     elif "prompt" in row and "completion" in row:
-        pairs = [_check_pair(row["prompt"], row["completion"], where)]
+        pairs = _check_pair(row["prompt"], row["completion"], where)
     else:
         got = ", ".join(sorted(row)) or "nothing"
         raise ValueError(f"{where}: expected `messages`, or `prompt` and `completion`; got {got}{_meant(row)}")
@@ -79,11 +79,11 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
         {"prompt": prompt, "completion": completion, "line": number, "plain": isinstance(prompt, str)}
         for prompt, completion in pairs
     ]
-    if "tools" in row:
-        # As text: Arrow would otherwise merge the schemas of all tools of the file into one.
-        tools = row["tools"] if isinstance(row["tools"], str) else json.dumps(row["tools"])
-        examples = [{**example, "tools": tools} for example in examples]
-    return examples
+    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{where}: `chat_template_kwargs` must be an object, not {_kind(options)}")
+    tools = json.dumps(tools) if tools and not isinstance(tools, str) else tools or None
+    return [{**example, "tools": tools, "chat_template_kwargs": options} for example in examples]
 
 
 def _meant(row: dict) -> str:
@@ -98,9 +98,10 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), f"the number {value}")
 
 
-def _assistant_turns(messages: Any, where: str) -> list[tuple[list, list]]:
+def _assistant_turns(messages: Any, where: str, start: int = 0) -> list[tuple[list, list]]:
+    """One pair of prompt and completion for each assistant turn from message `start` on."""
     _check_messages(messages, "messages", where)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= start]
     if not turns:
         raise ValueError(f"{where}: no assistant message, so no answer tokens to train on")
     if turns[0] == 0:
@@ -110,20 +111,20 @@ def _assistant_turns(messages: Any, where: str) -> list[tuple[list, list]]:
     return [(messages[:i], [messages[i]]) for i in turns]
 
 
-def _check_pair(prompt: Any, completion: Any, where: str) -> tuple[Any, Any]:
+def _check_pair(prompt: Any, completion: Any, where: str) -> list[tuple[Any, Any]]:
     if isinstance(prompt, str) and isinstance(completion, str):
         if not prompt:
             raise ValueError(f"{where}: the prompt is empty")
         if not completion.strip():
             raise ValueError(f"{where}: the completion is empty, so there are no answer tokens to train on")
-        return prompt, completion
+        return [(prompt, completion)]
     if isinstance(prompt, list) and isinstance(completion, list):
         _check_messages(prompt, "prompt", where)
         _check_messages(completion, "completion", where)
         if completion[0]["role"] != "assistant":
             raise ValueError(f"{where}: the completion starts with role {completion[0]['role']!r}, not 'assistant'")
-        _check_answer(completion[0], where)
-        return prompt, completion
+        # What tools and users say in between is no answer.
+        return _assistant_turns(prompt + completion, where, len(prompt))
     raise ValueError(
         f"{where}: prompt and completion must both be text or both be lists of messages; here the prompt is "
         f"{_kind(prompt)} and the completion is {_kind(completion)}"
@@ -165,6 +166,12 @@ def split_examples(examples: list[Example], fraction: float, seed: int) -> tuple
 
 def to_dataset(examples: list[Example]) -> "Dataset":
     """The examples as an in-memory `datasets.Dataset`; the column `line` survives TRL's preparation."""
-    from datasets import Dataset
+    from datasets import Dataset, Features, Json, List, Value
 
-    return Dataset.from_list([{k: v for k, v in example.items() if k != "plain"} for example in examples])
+    columns = {"prompt": Value("string"), "completion": Value("string"), "line": Value("int64")}
+    if not examples[0]["plain"]:
+        # As JSON: Arrow would merge the fields of all messages and tools of the file, and give each those of all.
+        messages = {"prompt": List(Json()), "completion": List(Json())}
+        columns |= messages | {"tools": Value("string"), "chat_template_kwargs": Json()}
+    rows = [{name: example[name] for name in columns} for example in examples]
+    return Dataset.from_list(rows, features=Features(columns))

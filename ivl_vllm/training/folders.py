@@ -6,6 +6,7 @@ no loader accepts a folder, goes first and comes last, so that old and new files
 """
 
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def publish_files(stage: Path, target: Path) -> None:
         stale.unlink()
     flush(target)
     for path in sorted(stage.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():  # a folder that is not empty cannot be renamed over
+            shutil.rmtree(target / path.name, ignore_errors=True)
         os.replace(path, target / path.name)
     flush(target)
 

@@ -8,6 +8,7 @@ in training. An evaluation takes the first base as it is, so that held-out losse
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -178,22 +179,25 @@ class FrozenBases:
         return replace(rows, temperature=self.temperature, noise=self.noise, seed=seed)
 
 
-def load_more_bases(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, base_name: str) -> list[PreTrainedModel]:
+def load_more_bases(
+    names: Sequence[str], tokenizer: PreTrainedTokenizerBase, base_name: str, options: dict[str, Any]
+) -> list[PreTrainedModel]:
     """The bases of `--more_bases`, each in the dtype that it has on disk.
 
     Args:
         names: Folders or hub ids, as `models.locate_model` returns them.
         tokenizer: That of `--base`; each must have its vocabulary.
         base_name: The name of `--base`, for messages.
+        options: For the loaders, see `models.load_base`.
 
     Raises:
         ValueError: One cannot be loaded or has another vocabulary.
     """
     found = []
     for name in names:
-        other = models.load_tokenizer(name, "--more_bases")
+        other = models.load_tokenizer(name, "--more_bases", options["trust_remote_code"])
         models.check_same_vocabulary(tokenizer, base_name, other, name, "--more_bases")
-        found.append(models._load(AutoModelForCausalLM, name, "--more_bases", dtype="auto"))
+        found.append(models._load(AutoModelForCausalLM, name, "--more_bases", dtype="auto", **options))
     return found
 
 

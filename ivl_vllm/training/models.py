@@ -81,19 +81,40 @@ def _load(loader: Any, name: str, flag: str, **kwargs: Any) -> Any:
         raise ValueError(f"{flag} {name}: cannot be loaded: {_first_line(error)}") from error
 
 
-def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, flag: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model.
 
     Raises:
         ValueError: There is none, or it has no end-of-text token, without which no answer learns to stop.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {_first_line(error)}") from error
+    tokenizer = _any_tokenizer(name, flag, trust_remote_code)
     if tokenizer.eos_token is None:
         raise ValueError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token), so answers cannot stop")
     return tokenizer
+
+
+def _any_tokenizer(name: str, flag: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {_first_line(error)}") from error
+
+
+def read_chat_template(name: str, trust_remote_code: bool = False) -> str:
+    """The template of `--chat_template_path`: the text of a file, or a tokenizer's, of which nothing else is taken.
+
+    Raises:
+        ValueError: There is no such file or tokenizer, or it has no template.
+    """
+    flag, path = "--chat_template_path", Path(name).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if not path.is_dir() and (path.suffix in (".jinja", ".j2") or not _HUB_ID.fullmatch(name)):
+        raise ValueError(f"{flag} {name}: no such file; give a .jinja file, or a tokenizer's folder or hub id")
+    tokenizer = _any_tokenizer(str(path) if path.is_dir() else name, flag, trust_remote_code)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{flag} {name}: that tokenizer has no chat template; give one that has, or a .jinja file")
+    return tokenizer.get_chat_template()
 
 
 def check_same_vocabulary(
@@ -123,35 +144,43 @@ def check_same_vocabulary(
     )
 
 
-def load_base(name: str) -> PreTrainedModel:
-    """The base as it lies on disk: its own dtype, eval mode, no gradients."""
-    model = _load(AutoModelForCausalLM, name, "--base", dtype="auto")
+def load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The base as it lies on disk: its own dtype, eval mode, no gradients.
+
+    Args:
+        name: A folder or a hub id.
+        options: `trust_remote_code` and perhaps `attn_implementation`, for transformers' loaders.
+    """
+    model = _load(AutoModelForCausalLM, name, "--base", dtype="auto", **options)
     return model.requires_grad_(False).eval()
 
 
-def load_value(name: str, flag: str, zero_output_layer: bool = False) -> tuple[PreTrainedModel, torch.dtype]:
+def load_value(
+    name: str, flag: str, zero_output_layer: bool, options: dict[str, Any]
+) -> tuple[PreTrainedModel, torch.dtype]:
     """The value network in fp32 (mixed precision keeps fp32 master weights) and the dtype that it has on disk.
 
     Args:
         name: Model to start from.
         flag: The flag it came from, for messages.
         zero_output_layer: Untie the output layer and set it to zero, so that V(x) = 0 at the start.
+        options: For the loaders, see `load_base`.
 
     Raises:
         ValueError: It cannot be loaded, or has no output layer to zero.
     """
-    config = _load(AutoConfig, name, flag)
+    config = _load(AutoConfig, name, flag, trust_remote_code=options["trust_remote_code"])
     stored = config.get_text_config().dtype or torch.float32
     if zero_output_layer:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    model = _load(AutoModelForCausalLM, name, flag, config=config, dtype=torch.float32)
+    model = _load(AutoModelForCausalLM, name, flag, config=config, dtype=torch.float32, **options)
     if zero_output_layer:
         _zero_output_layer(model, f"{flag} {name}")
     return model.requires_grad_(True), stored
 
 
 def build_value(
-    path: str, base: PreTrainedModel, seed: int, zero_output_layer: bool = False
+    path: str, base: PreTrainedModel, seed: int, zero_output_layer: bool, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """A value network from scratch, in fp32, and the dtype that it is saved in.
 
@@ -160,6 +189,7 @@ def build_value(
         base: The frozen base.
         seed: Seed of the weights.
         zero_output_layer: As in `load_value`.
+        options: As in `load_base`; a model without weights takes no code from the hub.
 
     Raises:
         ValueError: No such file, no causal LM's config, or a value in it that its class refuses.
@@ -183,7 +213,8 @@ def build_value(
     try:
         config = AutoConfig.for_model(**content)
         set_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        attention = {name: value for name, value in options.items() if name == "attn_implementation"}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"--init_config {path}: no causal LM can be built from it: {_first_line(error)}") from error
     if zero_output_layer:

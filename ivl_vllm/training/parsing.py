@@ -1,5 +1,6 @@
 """The words of `ivl train`, and a YAML file of the same names, become settings."""
 
+import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,17 +18,19 @@ class _Parser(TrlParser):
     """TRL's parser, which also takes aliases (`output`, `lr`, …) in the YAML file and raises instead of exiting."""
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        names = {
-            option.lstrip("-").replace("-", "_"): action.dest
+        actions = {
+            option.lstrip("-").replace("-", "_"): action
             for action in self._actions
             for option in action.option_strings
             if not option.startswith(("--no_", "--no-"))
         }
+        names = {name: action.dest for name, action in actions.items()}
         for key in kwargs:
             if key.replace("-", "_") not in names:
                 nearest = _nearest(key.replace("-", "_"), names)
                 raise ValueError(f"--config {self.config}: unknown setting {key!r}{nearest} {_HELP}")
-        return super().set_defaults_with_config(**{names[key.replace("-", "_")]: v for key, v in kwargs.items()})
+        given = {actions[key.replace("-", "_")]: value for key, value in kwargs.items()}
+        return super().set_defaults_with_config(**{action.dest: _as_meant(v, action) for action, v in given.items()})
 
     # The file that --config names, for messages.
     config = ""
@@ -49,6 +52,15 @@ class _Parser(TrlParser):
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message} {_HELP}")
+
+
+def _as_meant(value: Any, action: argparse.Action) -> Any:
+    """YAML reads `no` as false, and nobody writes a list around one word."""
+    if value is False and action.type is str:
+        return "no"
+    if isinstance(value, str) and action.nargs in ("+", "*"):
+        return [value]
+    return value
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

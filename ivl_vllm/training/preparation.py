@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, concatenate_datasets
+from jinja2 import TemplateError
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -92,6 +93,17 @@ def _has_answer(labels: list[int]) -> bool:
     return any(label != IGNORED for label in labels[1:])
 
 
+def _refused_line(dataset: Dataset, tokenizer: Any) -> str:
+    """Say in which line of the data the chat template fails first."""
+    for row in dataset:
+        try:
+            for messages in (row["prompt"], row["prompt"] + row["completion"]):
+                tokenizer.apply_chat_template(messages, tokenize=False, **row["chat_template_kwargs"])
+        except TemplateError:
+            return f", line {row['line']}"
+    return ""
+
+
 class Preparation(SFTTrainer):
     """The data half of the trainer."""
 
@@ -108,8 +120,13 @@ class Preparation(SFTTrainer):
         # Tokenised first, whole: TRL truncates, and when packing truncates otherwise, without a word on how much.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
-        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
-        dataset, message = self._limits.apply(dataset, _FLAGS.get(rest[-1], str(rest[-1])))
+        flag = _FLAGS.get(rest[-1], str(rest[-1]))
+        try:
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
+        except TemplateError as error:
+            line = _refused_line(dataset, processing_class)
+            raise ValueError(f"{flag}{line}: the chat template does not take this conversation: {error}") from error
+        dataset, message = self._limits.apply(dataset, flag)
         if message and args.process_index == 0:
             print(message, flush=True)
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest) if packing else dataset

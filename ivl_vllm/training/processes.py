@@ -50,15 +50,21 @@ def check_launch(fsdp: str | None) -> None:
         )
 
 
-def check_group(found: int) -> None:
-    """Refuse processes that formed no group.
+def check_group(found: int, gpus: int) -> None:
+    """Refuse processes that formed no group, and one process that would share its batches among GPUs.
 
     Args:
         found: How many processes the trainer sees.
+        gpus: How many GPUs it would use in this process.
 
     Raises:
-        ValueError: The environment says more.
+        ValueError: The environment says more processes, or one process sees several GPUs.
     """
+    if gpus > 1:
+        raise ValueError(
+            f"one process sees {gpus} GPUs and would split its batches among them, which is not offered: set "
+            f"CUDA_VISIBLE_DEVICES=0 to train on one of them, or start {_LAUNCH.format(gpus)}"
+        )
     size = world_size()
     if found == 1 and size > 1:
         raise ValueError(

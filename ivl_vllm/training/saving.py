@@ -63,8 +63,6 @@ class SafeSaving(StopsDiverged):
             publish_files(stage, output)
             shutil.rmtree(output / UNFINISHED)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Value network")
 
     def _clear_stage(self, output: Path) -> Path:
         stage = output / UNFINISHED
@@ -130,7 +128,9 @@ class SafeSaving(StopsDiverged):
         state = {**state, **{name: state[source] for name, source in tied if name in state and source in state}}
         if self._result_dtype is not None:
             state = cast_state(state, self._result_dtype)
-        plain.save_pretrained(folder, state_dict=state)
+        # A checkpoint keeps the names that the network has here, as it is read back name by name (experts of a mixture
+        # are renamed); the result gets those of the hub.
+        plain.save_pretrained(folder, state_dict=state, save_original_format=self._result_dtype is not None)
         if self._result_dtype is not None:
             _write_dtype(folder / "config.json", self._result_dtype)
         if self.args.should_save:
@@ -141,12 +141,21 @@ class SafeSaving(StopsDiverged):
                 self._on_save(folder, place)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        network = self.accelerator.unwrap_model(self.model if model is None else model)
-        # Sharded weights have a file of their own, adapter and all.
-        if is_lora(network) and not self.is_fsdp_enabled:
-            network.load_adapter(Path(resume_from_checkpoint) / ADAPTER, network.active_adapter, is_trainable=True)
-        else:
+        if not self._load_adapter(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_adapter(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _load_adapter(self, checkpoint: str, model: torch.nn.Module) -> bool:
+        """Load the adapter of a checkpoint, if there is one: transformers looks for it beside the merged weights."""
+        network = self.accelerator.unwrap_model(model)
+        # Sharded weights have a file of their own, adapter and all.
+        if not is_lora(network) or self.is_fsdp_enabled:
+            return False
+        network.load_adapter(Path(checkpoint) / ADAPTER, network.active_adapter, is_trainable=True)
+        return True
 
 
 def _write_dtype(path: Path, dtype: torch.dtype) -> None:

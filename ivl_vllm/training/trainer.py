@@ -38,8 +38,24 @@ class TrainerArguments(CommonArguments, SFTConfig):
         self.dataloader_pin_memory = self.dataloader_pin_memory and has_gpu
         # It would log a plausible number in the place of NaN, and waits for the device at each step to do so.
         self.logging_nan_inf_filter = False
+        self._refuse_what_is_replaced()
         super().__post_init__()
-        check_group(self.world_size)
+        check_group(self.world_size, self.n_gpu)
+
+    def _refuse_what_is_replaced(self) -> None:
+        """Flags of `SFTConfig` that would change nothing here, or do what they should not."""
+        loss = "the loss is that of base plus value (--norm, --norm_positions, --base_temperature)"
+        upload = f"upload the finished folder: hf upload NAME {self.output_dir}"
+        for name, usual, instead in (
+            ("label_smoothing_factor", (0.0,), loss),
+            ("loss_type", ("nll", "chunked_nll"), loss),
+            ("router_aux_loss_coef", (None, 0.0), loss),
+            ("completion_only_loss", (None, True), "only answers are trained"),
+            ("assistant_only_loss", (False,), "only answers are trained, with any chat template"),
+            ("push_to_hub", (False,), upload),
+        ):
+            if (given := getattr(self, name, usual[0])) not in usual:
+                raise ValueError(f"--{name} {given}: not offered, leave it out; {instead}")
 
 
 class ValueTrainer(SafeSaving, Preparation):
