@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ALIAS = "ivl"
 PROCESSOR = "ivl_vllm:IVLLogitsProcessor"
 LOAD_FORMAT = "ivl"
+UNASKED_FORMATS = ("dummy", "sharded_state", "runai_streamer_sharded")
 # What the user had set where the plugin put its own: kept apart from the settings, which only the user writes.
 ENGINE_KEY = "ivl_engine"
 
@@ -53,15 +54,17 @@ def register() -> None:
         if replaced:
             from ivl_vllm.serving.checks import check_engine
 
+            if "load_format" not in replaced and vllm_config.load_config.load_format == self.load_format:
+                vllm_config.load_config.load_format = LOAD_FORMAT
             check_engine(vllm_config, hybrid_is_users_choice=self.disable_hybrid_kv_cache_manager is not None)
         return vllm_config
 
     create_engine_config.ivl = True
     EngineArgs.create_engine_config = create_engine_config
     _check_requests_early()
-    from ivl_vllm.serving.steps import salt_requests
+    from ivl_vllm.serving.steps import mark_requests
 
-    salt_requests()
+    mark_requests()
 
 
 def _check_requests_early() -> None:
@@ -121,4 +124,6 @@ def _resolve(args: EngineArgs) -> dict[str, Any]:
     settings = parse_settings(additional.get(ALIAS))
     additional[ALIAS] = settings.to_dict()
     additional[ENGINE_KEY] = {"load_format": str(args.load_format), "dtype": str(args.dtype).removeprefix("torch.")}
-    return {"logits_processors": resolved, "load_format": LOAD_FORMAT, "additional_config": additional}
+    replaced = {"logits_processors": resolved, "additional_config": additional}
+    # Of these vLLM does not ask a checkpoint whether its embeddings are tied; they become ours after that.
+    return replaced if args.load_format in UNASKED_FORMATS else replaced | {"load_format": LOAD_FORMAT}

@@ -51,6 +51,83 @@ def test_no_model_overwrites_what_another_left():
         assert torch.equal(second, (10 * ids + 2)[:, None].expand(-1, 3).bfloat16()) and second.dtype == torch.bfloat16
 
 
+def test_bases_that_take_the_rest_by_name_alone_or_not_at_all():
+    class ByName(Base):
+        def forward(self, input_ids, positions, *, intermediate_tensors=None, inputs_embeds=None):
+            return super().forward(input_ids, positions)
+
+    class Neither(Base):
+        def forward(self, input_ids, positions):
+            return super().forward(input_ids, positions)
+
+    ids = torch.tensor([1.0, 2.0])
+    for base in (ByName(), Neither()):
+        joined = join(base, ValueRows(), SimpleNamespace(needed=None, sampled=False), [FakeNetwork(1)], (0.0,))
+        # As vLLM calls it.
+        assert joined(input_ids=ids, positions=ids, intermediate_tensors=None, inputs_embeds=None).shape[1] == 4 + 3
+
+
+def test_a_base_that_is_compiled_as_a_whole_runs_the_joined_forward():
+    """Its own forward was bound for the compiler before; a class like Ernie 4.5's."""
+
+    class Compiled(Base):
+        def __init__(self):
+            super().__init__()
+            self.do_not_compile, self.bound = False, self.forward
+
+        def __call__(self, *args):
+            return self.forward(*args) if self.do_not_compile else self.bound(*args)
+
+    ids = torch.tensor([1.0, 2.0])
+    model = Compiled()
+    assert model(ids, ids).shape[1] == 4
+    join(model, ValueRows(), SimpleNamespace(needed=None, sampled=False), [FakeNetwork(1)], (0.0,))
+    assert model(ids, ids).shape[1] == 4 + 3
+
+
+def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cache():
+    """vLLM settles layout and size of the cache when the models are loaded; backends ask for them in every step."""
+    from ivl_vllm.serving.loader import _use_own_config
+
+    class Backend:
+        @staticmethod
+        def get_builder_cls():
+            class Plain:
+                def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+                    self.vllm_config = vllm_config
+
+                @classmethod
+                def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
+                    return vllm_config
+
+            return Plain
+
+    engine = SimpleNamespace(model_config="base", cache_config=SimpleNamespace(layout=None))
+    own = SimpleNamespace(model_config="value", cache_config=SimpleNamespace(layout=None))
+    layer = SimpleNamespace(attn_backend=Backend)
+    _use_own_config(layer, own, "ivl_0")
+    engine.cache_config.layout = "NHD"
+    builder = layer.attn_backend.get_builder_cls()
+    for seen in (builder(None, [], engine, "cpu").vllm_config, builder.get_cudagraph_support(engine, None)):
+        assert (seen.model_config, seen.cache_config) == ("value", engine.cache_config)
+    assert own.cache_config.layout is None
+
+
+def test_value_networks_are_not_offloaded():
+    from vllm.model_executor.offloader import NoopOffloader, get_offloader, set_offloader
+
+    from ivl_vllm.serving.loader import _kept_on_device
+
+    before, of_base = get_offloader(), NoopOffloader()
+    set_offloader(of_base)
+    try:
+        with _kept_on_device():
+            assert isinstance(get_offloader(), NoopOffloader) and get_offloader() is not of_base
+        assert get_offloader() is of_base
+    finally:
+        set_offloader(before)
+
+
 def test_networks_that_a_step_does_not_need_sit_it_out():
     model, rows, steps = make_joined()
     ids = torch.tensor([1.0, 2.0, 3.0])

@@ -8,6 +8,7 @@ import torch
 from parity import Reference, Request, assert_parity, engine, metric, mismatches, random_requests, run
 
 import ivl_vllm
+from ivl_vllm.trace_view import read_trace
 
 SCHEMA = {
     "type": "object",
@@ -200,11 +201,12 @@ def test_wrong_weight_is_noticed(llm, reference):
     assert len(mismatches(reference, requests, outputs)) > 5
 
 
-def test_preemption_and_default_weight(models):
-    """So few KV blocks that running requests are thrown out and computed again."""
+def test_preemption_and_default_weight(models, tmp_path):
+    """So few KV blocks that running requests are thrown out and computed again; a trace goes on where it was."""
+    trace_file = str(tmp_path / "trace.jsonl")
     with engine(
         models["base"],
-        **ivl_vllm.engine_args(value_model=str(models["value"]), default_weight=0.75),
+        **ivl_vllm.engine_args(value_model=str(models["value"]), default_weight=0.75, trace_file=trace_file),
         num_gpu_blocks_override=14,
         disable_log_stats=False,
         enable_prefix_caching=False,
@@ -215,8 +217,15 @@ def test_preemption_and_default_weight(models):
             if request.ivl is ...:
                 request.weights = {"default": 0.75}
         assert any(r.ivl is ... for r in requests)
+        traced = {f"r{n}": n for n, r in enumerate(requests) if isinstance(r.ivl, float)}
+        for name, n in traced.items():
+            requests[n].ivl = f"{requests[n].ivl};trace={name}"
         outputs = run(llm, requests)
-        assert metric(llm, "vllm:num_preemptions") > 0
+        assert metric(llm, "vllm:num_preemptions") > 5
+        found = {name: [token.token for token in tokens] for name, tokens in read_trace(trace_file).items()}
+        assert len(traced) > 5 and found == {
+            name: list(outputs[n].outputs[0].token_ids) for name, n in traced.items() if outputs[n] is not None
+        }
 
         reference = Reference(models["base"], default=models["value"])
         assert_parity(reference, requests, outputs)

@@ -2,11 +2,13 @@
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cascade_models import mark_scheme
 from tiny import make_model, make_tokenizer
 
 import ivl_vllm
@@ -96,6 +98,14 @@ REFUSED = {
         {"speculative_config": {"method": "eagle", "model": "EAGLE", "num_speculative_tokens": 2}},
         ["'eagle'", "hidden states", "draft_model"],
     ),
+    "drafter_that_is_not_supported": (
+        {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        ["'ngram_gpu' is not supported", "draft_model, ngram"],
+    ),
+    "cascade_and_lora": (
+        {"enable_lora": True, "additional_config": {"ivl": {"value_model": "CASCADE"}}},
+        ["enable_lora is on", "'cascade'", "residual"],
+    ),
     "too_few_positions": (
         {"max_model_len": 512, "additional_config": {"ivl": {"value_model": "SHORT"}}},
         ["128 positions", "--max-model-len 128"],
@@ -124,6 +134,7 @@ def folders(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("refused")
     make_model(root / "SHORT", positions=128)
+    mark_scheme(make_model(root / "CASCADE"), "cascade")
     make_model(root / "OTHER", vocab_size=290, tokenizer=False)
     make_tokenizer(root / "OTHER", 290, ["entirely other words make entirely other merges " * 3])
     make_model(root / "BARE", vocab_size=400, tokenizer=False)
@@ -170,6 +181,39 @@ def test_refused_at_start(models, folders, case):
         create(models["base"], **arguments)
     for name in names:
         assert name in str(error.value)
+
+
+def test_the_executor_that_passes_the_worker_by_is_refused(models, monkeypatch):
+    from ivl_vllm.serving.checks import _check_features
+
+    config = create(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"])))
+    config.parallel_config.distributed_executor_backend = "ray"
+    _check_features(config)
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(ValueError, match="VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0.*--distributed-executor-backend mp"):
+        _check_features(config)
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "sharded_state"])
+def test_formats_that_tell_nothing_about_tied_embeddings_leave_them_as_configured(models, tmp_path, load_format):
+    """The weights say that they are not tied; vLLM does not look at them where these formats are given."""
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(models["base"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    on = ivl_vllm.engine_args(value_model=str(models["value"]))
+
+    def tied(**kwargs):
+        made = create(base, **kwargs)
+        return made.model_config.hf_config.tie_word_embeddings, made.load_config.load_format
+
+    assert tied(load_format=load_format) == (True, load_format)
+    assert tied(load_format=load_format, **on) == (True, "ivl")
+    assert tied(**on) == (False, "ivl")
 
 
 def test_a_multimodal_base_is_refused(models, folders):

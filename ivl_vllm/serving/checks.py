@@ -6,6 +6,7 @@ import copy
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm import envs
 from vllm.logger import init_logger
 
 from ivl_vllm.plugin import ENGINE_KEY, LOAD_FORMAT
@@ -49,6 +50,12 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
         if not random_weights:
             _check_weights(source.model)
         _check_parallel(vllm_config, value_config, source.model)
+        if vllm_config.lora_config is not None and (scheme := network_scheme(source.model)) != "residual":
+            raise ValueError(
+                f"ivl: enable_lora is on, and the value network {source.model!r} has the scheme {scheme!r}, which "
+                "reads the base's logits at every token, where vLLM applies adapters to sampled rows only: start "
+                "without --enable-lora, or use a value network of the residual scheme"
+            )
         models.append(value_config)
     # Part of vLLM's compile cache key, which by itself knows neither the networks' order nor what their folders hold.
     hashes = [[*source, model.compute_hash()] for source, model in zip(settings.networks, models[1:], strict=True)]
@@ -93,12 +100,18 @@ def _check_features(config: VllmConfig) -> None:
             "ivl: enable_batch_sharded_sampling is on, which takes logits past the value networks: "
             "start with --no-enable-batch-sharded-sampling"
         )
+    if parallel.distributed_executor_backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        raise ValueError(
+            "ivl: distributed_executor_backend is 'ray' with VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, an executor that "
+            "calls the model runner past vLLM's worker, where value networks are chosen: unset that variable, or use "
+            "--distributed-executor-backend mp"
+        )
     if drafter is None:
         return
     if drafter.method not in INDEPENDENT_DRAFTERS:
         raise ValueError(
-            f"ivl: the speculative method {drafter.method!r} reads the base model's hidden states, which are joined "
-            f"with the value network's: use one of {', '.join(INDEPENDENT_DRAFTERS)}"
+            f"ivl: the speculative method {drafter.method!r} is not supported (many read the base model's hidden "
+            f"states, which are joined with the value network's): use one of {', '.join(INDEPENDENT_DRAFTERS)}"
         )
     if not getattr(config, "use_v2_model_runner", False):
         raise ValueError(

@@ -156,7 +156,11 @@ class JoinedModel:
         join = self._ivl
         join.steps.sampled = False
         base_logits = super().compute_logits
-        base = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        # By name and only if there: some models take these by name alone, some not at all.
+        for name, given in (("intermediate_tensors", intermediate_tensors), ("inputs_embeds", inputs_embeds)):
+            if given is not None:
+                kwargs[name] = given
+        base = super().forward(input_ids, positions, **kwargs)
         active = join.choose()
         if not active:
             return base
@@ -204,5 +208,8 @@ def join(
         default_weights: each network's weight in a request that says nothing.
     """
     base._ivl = _Join(rows, steps, networks, default_weights)
+    if hasattr(base, "do_not_compile"):
+        # vLLM compiles this class's forward, bound before it was joined. The layers below are compiled by themselves.
+        base.do_not_compile = True
     base.__class__ = type(f"IVL{type(base).__name__}", (JoinedModel, type(base)), {"__module__": __name__})
     return base

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from vllm.compilation.backends import set_model_tag
@@ -11,6 +12,7 @@ from vllm.config import LoadConfig, ModelConfig, VllmConfig, replace
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.offloader import NoopOffloader, get_offloader, set_offloader
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from ivl_vllm.plugin import ENGINE_KEY
@@ -66,11 +68,13 @@ class IVLModelLoader(BaseModelLoader):
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             for layer in vllm_config.compilation_config.static_forward_context.values():
                 _keep_whole_context(layer)
+        drafter = vllm_config.speculative_config
+        most_rows = vllm_config.scheduler_config.max_num_seqs * (1 + (drafter.num_speculative_tokens if drafter else 0))
         for network in networks:
-            network.warm_up(vllm_config.scheduler_config.max_num_seqs)
+            network.warm_up(most_rows)
         rows = ValueRows.of(vllm_config)
         rows.groups = projection_groups(networks, settings.networks)
-        warm_up_solvers(settings, networks, rows.groups, model_config.get_vocab_size(), base)
+        warm_up_solvers(settings, networks, rows.groups, model_config.get_vocab_size(), base, most_rows)
         watch_steps()
         default_weights = settings.network_weights(settings.steering(None).weights)
         return join(base, rows, Steps.of(vllm_config), networks, default_weights)
@@ -110,6 +114,10 @@ def _load_network(
     config.cache_config = copy.copy(vllm_config.cache_config)
     config.cache_config.sliding_window = model_config.get_sliding_window()
     config.lora_config = None
+    if vllm_config.parallel_config.enable_eplb:
+        # Only the base's experts are known to vLLM's balancer.
+        config.parallel_config = copy.copy(vllm_config.parallel_config)
+        config.parallel_config.enable_eplb = False
     # Part of the key under which vLLM keeps compiled code. One folder may be loaded twice, with two maps; its compiled
     # forward knows its layers by name, and takes token ids or embeddings.
     scheme = network_scheme(source.model)
@@ -120,7 +128,7 @@ def _load_network(
     layers = vllm_config.compilation_config.static_forward_context
     before = set(layers)
     prefix = f"ivl_{number}"
-    with set_model_tag(prefix):
+    with set_model_tag(prefix), _kept_on_device():
         loader = get_model_loader(config.load_config)
         model = loader.load_model(vllm_config=config, model_config=model_config, prefix=prefix)
     if load_format != "dummy":  # there all that has one shape is equal
@@ -137,6 +145,17 @@ def _load_network(
         scheme,
         vocab_map,
     )
+
+
+@contextlib.contextmanager
+def _kept_on_device() -> Iterator[None]:
+    """Offloads nothing of what is loaded here: vLLM's offloader may be made for a single model, the base."""
+    offloader = get_offloader()
+    set_offloader(NoopOffloader())
+    try:
+        yield
+    finally:
+        set_offloader(offloader)
 
 
 def _keep_whole_context(layer: nn.Module) -> None:
@@ -172,13 +191,19 @@ def _use_own_config(layer: nn.Module, config: VllmConfig, prefix: str) -> None:
     if backend is None:
         return
 
+    def own(vllm_config: VllmConfig) -> VllmConfig:
+        # With the engine's cache configuration: vLLM settles the cache's layout and size after the models are loaded.
+        found = copy.copy(config)
+        found.cache_config = vllm_config.cache_config
+        return found
+
     class Builder(backend.get_builder_cls()):
         def __init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs):
-            super().__init__(kv_cache_spec, layer_names, config, *args, **kwargs)
+            super().__init__(kv_cache_spec, layer_names, own(vllm_config), *args, **kwargs)
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config, *args, **kwargs):
-            return super().get_cudagraph_support(config, *args, **kwargs)
+            return super().get_cudagraph_support(own(vllm_config), *args, **kwargs)
 
     # vLLM groups layers by the name of their backend: one name for each network, the same for all its layers.
     members = {"get_builder_cls": staticmethod(lambda: Builder), "__module__": __name__}

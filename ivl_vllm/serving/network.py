@@ -142,22 +142,26 @@ class Network:
     def warm_up(self, max_rows: int) -> None:
         """Compiles the kernels that `add_logits` will use, so that no request waits for the compiler.
 
-        Rows are powers of two: a kernel's tiles depend on how many there are. Weights are 0, so nothing is computed.
+        Rows are powers of two, and as many as there can be: a kernel's tiles depend on how many there are. Weights are
+        0, so nothing is computed.
         """
         parameter = next(self.model.parameters())
         if choose_backend("auto", parameter.device) != "triton":
             return
-        rows = 1
-        while rows <= max_rows:
+        for rows in warm_up_rows(max_rows):
             logits = parameter.new_zeros(rows, self._base_columns, dtype=torch.float32)
             index = torch.arange(rows, device=parameter.device)
             for row_index in (None, index):
                 self.add_logits(logits, self.no_hidden(rows), logits.new_zeros(rows), row_index)
-            rows *= 2
 
     def no_hidden(self, rows: int) -> torch.Tensor:
         """Zeros in place of its hidden states, `[rows, hidden]`."""
         return next(self.model.parameters()).new_zeros(rows, self._width, dtype=self._dtype)
+
+
+def warm_up_rows(most: int) -> list[int]:
+    """The powers of two below `most`, and `most`."""
+    return [1 << power for power in range((most - 1).bit_length())] + [most]
 
 
 def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None, str]:

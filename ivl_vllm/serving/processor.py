@@ -105,7 +105,7 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from ivl_vllm.serving.trace import TracedRequest
 
         steering = self._steering(params)
-        return None if steering is None else (steering, TracedRequest.of(steering, outputs))
+        return None if steering is None else (steering, TracedRequest.of(steering, params, outputs))
 
     # Runner V1: requests sit at positions of a batch and are moved about.
 

@@ -17,7 +17,7 @@ from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ivl_vllm.serving.joined_model import Rows
-from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.network import Network, warm_up_rows
 from ivl_vllm.serving.request_weights import Addition, together
 from ivl_vllm.serving.shared_weights import project
 from ivl_vllm.settings import Settings
@@ -181,7 +181,7 @@ class SolvedWeights:
                 logits, experts, antis, max_weight=highest, row_index=rows, vocab_maps=maps
             ).weights
         for expert, anti, vocab_map, weights in zip(experts, antis, maps, solved.unbind(1), strict=True):
-            value_add(logits, expert - anti, weights.contiguous(), row_index=rows, vocab_map=vocab_map)
+            value_add(logits, expert.float() - anti.float(), weights.contiguous(), row_index=rows, vocab_map=vocab_map)
         return solved
 
 
@@ -192,6 +192,7 @@ def warm_up_solvers(
     groups: Sequence[tuple[int, ...]],
     base_columns: int,
     base: nn.Module,
+    most_rows: int,
 ) -> None:
     """Compiles the kernels that solve weights, so that no request waits for the compiler; nothing is computed.
 
@@ -201,17 +202,21 @@ def warm_up_solvers(
         groups: their numbers, those together that are projected together.
         base_columns: columns of the base's logits.
         base: any model on the device.
+        most_rows: rows that a step may have; few and many are added by kernels of different shapes.
     """
     device = next(base.parameters()).device
     if choose_backend("auto", device) != "triton":
         importlib.import_module("ivl_kernels.torch_fusion")  # which compiles
         return
-    logits = torch.zeros(1, base_columns, device=device)
-    nothing = torch.zeros(1, device=device)
     solved = SolvedWeights(settings, 1, device)
-    for rows in (None, torch.zeros(1, dtype=torch.int64, device=device)):
-        trust_region_weights(logits, logits.clone(), nothing, nothing, row_index=rows)
-        pairs = [(name,) for name in solved.pairs]
-        for names in [*pairs, tuple(solved.pairs)] if len(pairs) > 1 else pairs:
-            hidden = Rows(network.no_hidden(1) for network in networks)
-            solved.fuse(logits, hidden, networks, groups, rows, nothing, names)
+    pairs = [(name,) for name in solved.pairs]
+    for count in warm_up_rows(most_rows):
+        logits, nothing = torch.zeros(count, base_columns, device=device), torch.zeros(count, device=device)
+        for rows in (None, torch.arange(count, device=device)):
+            value_add(logits, logits.clone(), nothing, row_index=rows)
+            if count > 1:  # a row is solved alike however many there are
+                continue
+            trust_region_weights(logits, logits.clone(), nothing, nothing, row_index=rows)
+            for names in [*pairs, tuple(solved.pairs)] if len(pairs) > 1 else pairs:
+                hidden = Rows(network.no_hidden(1) for network in networks)
+                solved.fuse(logits, hidden, networks, groups, rows, nothing, names)

@@ -1,13 +1,14 @@
 """Which value networks a step needs: those that some scheduled request uses. The others do not run.
 
 A network that sits out a step leaves no keys and values for that step's tokens. So a request runs, in every step of its
-own, the same set of networks, and requests with different sets share no blocks of the prefix cache: `salt_requests`
+own, the same set of networks, and requests with different sets share no blocks of the prefix cache: `mark_requests`
 puts the set into the request's cache salt where the engine core admits it.
 """
 
 from __future__ import annotations
 
 import functools
+import uuid
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Marks a request that may come back with other weights (a session with streamed input): it always needs all networks.
 ALL_NETWORKS = "ivl_all_networks"
+# What a traced request is called in the trace, however often the batch takes it in again after a preemption.
+TRACE_ID = "ivl_trace_id"
 
 
 def needed_networks(settings: Settings, params: SamplingParams | None) -> frozenset[int]:
@@ -46,8 +49,8 @@ def needed_networks(settings: Settings, params: SamplingParams | None) -> frozen
     return used
 
 
-def salt_requests() -> None:
-    """Has the engine core keep requests with different sets of networks apart in the prefix cache."""
+def mark_requests() -> None:
+    """Has the engine core keep requests with different sets of networks apart in the prefix cache, and name traces."""
     from vllm.v1.engine.core import EngineCore
 
     preprocess = EngineCore.preprocess_add_request
@@ -55,16 +58,33 @@ def salt_requests() -> None:
     @functools.wraps(preprocess)
     def preprocess_add_request(self: EngineCore, request: Any) -> Any:
         steps = Steps.of(self.vllm_config)
-        if steps is not None and steps.skip:
-            if request.resumable and request.sampling_params is not None:
-                request.sampling_params = request.sampling_params.clone()
-                request.sampling_params.extra_args = {**(request.sampling_params.extra_args or {}), ALL_NETWORKS: True}
-            needed = sorted(needed_networks(steps.settings, request.sampling_params))
-            # At the end, so that no salt of the user's can imitate another set.
-            request.cache_salt = f"{request.cache_salt or ''}\0ivl:{','.join(map(str, needed))}"
+        if steps is not None:
+            _mark(steps, request)
         return preprocess(self, request)
 
     EngineCore.preprocess_add_request = preprocess_add_request
+
+
+def _mark(steps: Steps, request: Any) -> None:
+    marks: dict[str, Any] = {}
+    if steps.skip and request.resumable:
+        marks[ALL_NETWORKS] = True
+    if steps.settings.trace_file and _wants_trace(steps.settings, request.sampling_params):
+        marks[TRACE_ID] = uuid.uuid4().hex[:12]
+    if marks and request.sampling_params is not None:
+        request.sampling_params = request.sampling_params.clone()
+        request.sampling_params.extra_args = {**(request.sampling_params.extra_args or {}), **marks}
+    if steps.skip:
+        needed = sorted(needed_networks(steps.settings, request.sampling_params))
+        # At the end, so that no salt of the user's can imitate another set.
+        request.cache_salt = f"{request.cache_salt or ''}\0ivl:{','.join(map(str, needed))}"
+
+
+def _wants_trace(settings: Settings, params: SamplingParams | None) -> bool:
+    try:
+        return params is not None and settings.steering(params.extra_args).trace is not None
+    except ValueError:  # runs unsteered: see the processor
+        return False
 
 
 class Steps:

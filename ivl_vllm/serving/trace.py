@@ -11,15 +11,16 @@ the line was written. No token of the prompt is written.
 from __future__ import annotations
 
 import json
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from vllm import SamplingParams
 from vllm.logger import init_logger
 
 from ivl_vllm.serving.solved_weights import Solved
+from ivl_vllm.serving.steps import TRACE_ID
 from ivl_vllm.steering import Steering
 
 # vLLM shows what is logged under its own name and nothing else.
@@ -42,9 +43,9 @@ class TracedRequest(NamedTuple):
     id: str
 
     @classmethod
-    def of(cls, steering: Steering | None, outputs: list[int] | None = None) -> TracedRequest | None:
-        """A new request, None if it asks for no trace."""
-        return None if steering is None or steering.trace is None else cls(steering, outputs, uuid.uuid4().hex[:12])
+    def of(cls, steering: Steering, params: SamplingParams, outputs: list[int] | None = None) -> TracedRequest | None:
+        """A request that the batch takes in, None if it asks for no trace."""
+        return None if steering.trace is None else cls(steering, outputs, params.extra_args.get(TRACE_ID, ""))
 
 
 class _Row(NamedTuple):
