@@ -1,6 +1,7 @@
-"""Benchmark of the weight solvers on the CPU: correct first, then against the published grid search, same objective.
+"""Benchmark of the weight solvers: correct first, then against the published grid search, same objective.
 
-python benchmarks/kernel_fusion.py --threads 1        writes benchmarks/results/fusion-cpu.json
+python benchmarks/kernel_fusion.py --cpu --threads 1        writes benchmarks/results/fusion-cpu.json
+python benchmarks/kernel_fusion.py                          on a GPU: fusion-GPU.json; has never run, none was at hand
 """
 
 import argparse
@@ -16,7 +17,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "kernels"))  # from a checkout, installed or not
 
 import ivl_kernels  # noqa: E402
-from kernel_timing import CPU_CLOCK, environment, progress, time_cpu  # noqa: E402
+from kernel_timing import CPU_CLOCK, environment, progress, time_cpu, time_cuda  # noqa: E402
 
 STEP, LARGEST = 0.1, 2.0  # the paper's grid
 
@@ -100,26 +101,53 @@ def measure(quick: bool) -> dict:
     return {"environment": found, "clock": CPU_CLOCK, "grid": grid, "cases": results}
 
 
+def measure_gpu(quick: bool) -> dict:
+    """Check the kernel that solves a pair's weights against the torch backend, and time it."""
+    device, results = torch.device("cuda"), []
+    found = environment(device)
+    for rows, gap in progress(list(itertools.product((64,) if quick else (1, 8, 64), (2.0, 12.0)))):
+        base, (expert,), (anti,) = make_inputs(rows, 151_936, 1, gap)
+        inputs = base, expert.bfloat16(), anti.bfloat16()
+        on_gpu = [tensor.to(device) for tensor in inputs]
+        wanted = ivl_kernels.fusion_weights(*inputs, max_weight=LARGEST, backend="torch").weights
+        weights = ivl_kernels.fusion_weights(*on_gpu, max_weight=LARGEST).weights.cpu()
+        if not torch.allclose(weights, wanted, rtol=0.0, atol=1e-3):
+            raise SystemExit(f"the backends differ by {(weights - wanted).abs().max():.3g}; nothing was timed")
+        # As in a decode step, which streams the models through the cache before.
+        sets = [
+            on_gpu,
+            *([tensor.clone() for tensor in on_gpu] for _ in range(1 + 4 * found["l2_bytes"] // base.nbytes)),
+        ]
+        timing = time_cuda(lambda tensors: ivl_kernels.fusion_weights(*tensors, max_weight=LARGEST), sets)
+        case = {"rows": rows, "columns": 151_936, "experts": 1, "gap": gap, "timings": {"ours": timing._asdict()}}
+        results.append(case)
+        print(f"{rows} × 151936, gap {gap:.0f}: {timing.median_us:.0f} µs")
+    return {"environment": found, "cases": results}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two cases only")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads (default: torch's choice)")
-    default = HERE / "results" / "fusion-cpu.json"
-    parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"JSON file (default: {default})")
+    parser.add_argument("--cpu", action="store_true", help="measure the CPU path even where there is a GPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file (default: in benchmarks/results/)")
     arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available() and not arguments.cpu
+    name = torch.cuda.get_device_name().lower().replace(" ", "-") if on_gpu else "cpu"
+    output = arguments.output or HERE / "results" / f"fusion-{name}.json"
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    report = measure(arguments.quick)
-    for case in report["cases"]:
+    report = (measure_gpu if on_gpu else measure)(arguments.quick)
+    for case in () if on_gpu else report["cases"]:
         times = "  ".join(f"{name} {t['median_us'] / 1e3:.2f} ms" for name, t in case["timings"].items())
         losses = "  ".join(f"{name} {value:.2g}" for name, value in case["largest_objective"].items())
         what = f"{case['rows']} × {case['columns']}, {case['experts']} expert(s), gap {case['gap']:.0f}"
         print(f"{what:36} {times}  {case['times_faster']:.1f}×   objective: {losses}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    print(f"\nwritten to {arguments.output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    print(f"\nwritten to {output}")
 
 
 if __name__ == "__main__":

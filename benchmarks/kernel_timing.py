@@ -61,7 +61,7 @@ def make_inputs(
     # Without -1, which is the last column to the eager expression.
     vocab_map = torch.randint(0, columns, (columns,), device=device, dtype=torch.int32) if has_map else None
     if hidden is None:
-        value = torch.randn(rows, stride or columns, **normal)[:, :columns].to(value_dtype)
+        value = torch.randn(rows, stride or columns, **normal).to(value_dtype)[:, :columns]
         return Inputs(logits, weights, row_index, vocab_map, value, None, None)
     states = torch.randn(rows, hidden, **normal).to(value_dtype)
     matrix = (torch.randn(columns, hidden, **normal) / hidden**0.5).to(value_dtype)
@@ -182,7 +182,10 @@ def environment(device: torch.device) -> dict:
         import triton
 
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        try:
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        except OSError:
+            driver = "unknown"
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "driver": driver, "cuda": torch.version.cuda, "triton": triton.__version__}
         found |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}

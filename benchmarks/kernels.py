@@ -8,6 +8,7 @@ Launch shapes:     python benchmarks/kernels.py --tune       tries other configu
 
 import argparse
 import importlib
+import importlib.metadata
 import itertools
 import json
 import sys
@@ -204,9 +205,13 @@ def project_in_float32(inputs: Inputs) -> None:
     inputs.logits[inputs.row_index] += inputs.weights[:, None] * value
 
 
-def tune() -> dict:
-    """Time other launch shapes than the default ones, to see whether the defaults are still the best."""
+def tune(save: Callable[[dict], None]) -> None:
+    """Time other launch shapes than the default ones, to see whether the defaults are still the best; check winners.
+
+    `save` is given the report after every case: all of them take long.
+    """
     device, found = torch.device("cuda"), []
+    where = environment(device)
     add = importlib.import_module("ivl_kernels.triton_value_add")
     head = importlib.import_module("ivl_kernels.triton_lm_head_value_add")
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -230,7 +235,11 @@ def tune() -> dict:
         module.choose_config = default
         best = sorted((e for e in found if e["case"] == case and "median_us" in e), key=lambda e: e["median_us"])
         print(case, *(f"\n  {e['median_us']:8.1f} µs  {e['config']}" for e in best[:5]))
-    return {"environment": environment(device), "tuning": found}
+        for entry in best[:1]:
+            module.choose_config = lambda *args, entry=entry: module.Config(**entry["config"])  # noqa: B023
+            check(ours, make_inputs(device, **case))
+            module.choose_config = default
+        save({"environment": where, "tuning": found})
 
 
 def print_sheet() -> dict:
@@ -245,7 +254,8 @@ def print_sheet() -> dict:
             f"{row['architecture']:13}{row['variant']:44}{row['registers']:>10}{row['spilled']:>8}"
             f"{row['shared_bytes']:>8}{row['programs_per_multiprocessor']:>9}  {widths}"
         )
-    return {"environment": environment(torch.device("cpu")), "sheet": rows}
+    found = environment(torch.device("cpu")) | {"triton": importlib.metadata.version("triton")}
+    return {"environment": found, "sheet": rows}
 
 
 def print_report(report: dict) -> None:
@@ -283,16 +293,21 @@ def main() -> None:
     if arguments.tune and not on_gpu:
         parser.error("--tune needs a GPU; --sheet shows what the generated code says without one")
     device = torch.cuda.get_device_name().lower().replace(" ", "-") if on_gpu else "cpu"
-    if arguments.sheet:
-        report, name = print_sheet(), "kernels-sheet"
-    elif arguments.tune:
-        report, name = tune(), f"kernels-tuning-{device}"
-    else:
-        report, name = (measure_gpu if on_gpu else measure_cpu)(arguments.quick), f"kernels-{device}"
-        print_report(report)
+    name = "kernels-sheet" if arguments.sheet else f"kernels-tuning-{device}" if arguments.tune else f"kernels-{device}"
     output = arguments.output or HERE / "results" / f"{name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1, default=str, ensure_ascii=False) + "\n")
+
+    def save(report: dict) -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1, default=str, ensure_ascii=False) + "\n")
+
+    if arguments.sheet:
+        save(print_sheet())
+    elif arguments.tune:
+        tune(save)
+    else:
+        report = (measure_gpu if on_gpu else measure_cpu)(arguments.quick)
+        save(report)
+        print_report(report)
     print(f"\nwritten to {output}")
 
 

@@ -1,5 +1,7 @@
 """Adversarial rows for the solvers of weights, and float64 references by SciPy; both backends' tests use them."""
 
+import math
+
 import ivl_kernels
 import numpy as np
 import pytest
@@ -244,6 +246,29 @@ class FusionCases:
         for z, e, a, weight, reached, target in list(zip(*arrays(base, expert, anti, *found)))[:2]:
             assert target == pytest.approx(divergence_of(e, a), rel=1e-3)
             assert_solves(z, difference(e, a), target, MAX_WEIGHT, weight, reached)
+
+    def test_experts_that_are_finite_where_their_small_base_is_not(self):
+        """Such columns have no difference, in the weights of several experts no more than in those of one."""
+        base, expert, anti = rows_of("normal")
+        expert[0, 3], anti[1, 4], expert[2, 5], anti[2, 6] = -INF, -INF, NAN, INF
+        other, own = expert + 0.5 * normal(8, 6, 500).to(device()), anti.clone()
+        found = ivl_kernels.joint_fusion_weights(
+            base, [expert, other], [anti, own], max_weight=4.0, backend=self.backend
+        )
+        for i, z in enumerate(arrays(base)[0]):
+            pairs = [arrays(e[i], a[i]) for e, a in ((expert, anti), (other, own))]
+            total = sum(difference(e, a) * found.weights[i, t].item() for t, (e, a) in enumerate(pairs))
+            assert curve(z, total, 1.0) == pytest.approx(found.divergence[i].item(), rel=5e-3, abs=1e-6)
+            assert found.divergence[i].item() == pytest.approx(found.target[i].item(), rel=5e-3)
+
+    @pytest.mark.parametrize("max_kl", [1e-3, 0.05, 0.5])
+    def test_a_rare_token_that_leaps_up_keeps_within_the_divergence(self, max_kl):
+        base, delta = torch.zeros(1, 500, device=device()), torch.zeros(1, 500, device=device())
+        base[0, 0], delta[0, 0] = -20.0 + math.log(500), 300.0
+        found = ivl_kernels.trust_region_weights(
+            base, delta, torch.full((1,), 10.0, device=device()), max_kl, backend=self.backend
+        )
+        assert_solves(*arrays(base[0], delta[0]), max_kl, 10.0, found.weights.item(), found.divergence.item())
 
     @pytest.mark.parametrize(("n", "columns"), [(0, 20), (3, 0)])
     def test_empty(self, n, columns):

@@ -15,7 +15,7 @@ from ivl_kernels.weight_search import LARGEST_EXPONENT, find
 
 try:
     from ivl_kernels import fused_rows
-except ImportError:  # no numba
+except (ImportError, OSError):  # no numba, or one whose LLVM cannot be loaded
     fused_rows = None
 
 # Torch shares the columns of wider rows among threads; with this many (an estimate) it overtakes the one of numba.

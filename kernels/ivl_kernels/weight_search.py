@@ -46,7 +46,7 @@ def find(
     start = math.inf if wants_largest else 1.0
     weight = min(limit, start, 2.0 * math.sqrt(2.0 * target / max(variance, 1e-30)))
     best, best_divergence, moved = 0.0, 0.0, 2.0 * limit
-    for _ in range(2 * ITERATIONS):  # ends early; between the plateaus of a direction that saturates it takes most
+    for _ in range(ITERATIONS):  # ends early; between the plateaus of a direction that saturates it takes most
         divergence, variance = evaluate(curve, weight)
         if math.isnan(divergence):
             return weight, divergence
