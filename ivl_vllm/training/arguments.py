@@ -26,7 +26,8 @@ class ValueArguments:
     data: str = field(
         metadata={
             "help": "Demonstrations, JSON lines. Each line has `messages` (every assistant turn is trained), or "
-            "`prompt` and `completion`, both plain text or both lists of messages."
+            "`prompt` and `completion`, both plain text or both lists of messages; with messages perhaps `tools` and "
+            "`chat_template_kwargs`, as the chat template takes them."
         }
     )
     init: str | None = field(
