@@ -6,8 +6,8 @@ look for the `α` where it meets a target.
 
 With `u = d - E_0[d]`, `G = E_0[exp(αu) - 1]` and `T = E_0[u·exp(αu)]` it is `K = α·T / (1 + G) - log(1 + G)`. All of
 these are of second order in `α·u`, so that nothing cancels where the divergence is tiny, as it is in most steps of a
-confident model. Iterations are Newton steps on the square root of `K`, which is nearly straight, inside a bracket
-(`ivl_kernels.weight_search`).
+confident model. Iterations are Newton steps on the square root of `K`, which is nearly straight, inside a bracket. On a
+CPU plain sums come first, which are quicker, and enough where the divergence is not tiny (`ivl_kernels.torch_moments`).
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def fusion_weights(
       Columns where expert or anti-expert is not finite have no part in their divergence, and `d` is 0 there.
       Differences beyond ±1000 count as ±1000. What a row holds never touches another row.
     * A row whose `max_weight` is 0 or whose `row_index` lies outside `[0, rows)` is skipped; all its results are 0.
-    * No device sync on a GPU, where every row ends its own iterations, at most 12: it can be captured in a CUDA graph.
+    * No device sync on a GPU, where every row ends its own iterations, at most 24: it can be captured in a CUDA graph.
 
     Args:
         base_logits: `[rows, V_base]` float32, bfloat16 or float16, columns adjacent. Read only.
