@@ -235,11 +235,11 @@ def tune(save: Callable[[dict], None]) -> None:
         module.choose_config = default
         best = sorted((e for e in found if e["case"] == case and "median_us" in e), key=lambda e: e["median_us"])
         print(case, *(f"\n  {e['median_us']:8.1f} µs  {e['config']}" for e in best[:5]))
+        save({"environment": where, "tuning": found})
         for entry in best[:1]:
             module.choose_config = lambda *args, entry=entry: module.Config(**entry["config"])  # noqa: B023
             check(ours, make_inputs(device, **case))
             module.choose_config = default
-        save({"environment": where, "tuning": found})
 
 
 def print_sheet() -> dict:

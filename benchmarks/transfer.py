@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE.parent))  # from a checkout, installed or not
 # to it; one thread each, as stages run side by side; vLLM's engine in the process that asks, where it starts quickly.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "0",  # a training process takes one
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

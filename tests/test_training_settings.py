@@ -49,11 +49,11 @@ def test_yaml_file_with_flags_on_top(tmp_path):
         with pytest.raises(ValueError, match=f"--{name} is '{given}'; expected .* or "):
             parse(["--config", str(config)])
     # YAML takes `no` for false.
-    config.write_text(
-        "base: x\ndata: y\noutput: z\nsave_strategy: no\neval_strategy: no\npacking: no\nmore_bases: B1\n"
-    )
+    off = "save_strategy: no\neval_strategy: no\npacking: no\nreport_to: no\nresume: no\ninit: false\nfsdp: false\n"
+    config.write_text(f"base: x\ndata: y\noutput: z\nmore_bases: B1\n{off}")
     value_args, args = parse(["--config", str(config)])
     assert (args.save_strategy, args.eval_strategy, args.packing, value_args.more_bases) == ("no", "no", False, ["B1"])
+    assert not any((args.report_to, args.resume_from_checkpoint, value_args.init, args.fsdp))
     config.write_text("base: x\ndata: y\noutput: z\nnorm-positions: all\n")
     assert parse(["--config", str(config)])[0].norm_positions == "all"
     assert parse(["--config", str(config), "--norm_positions=answer"])[0].norm_positions == "answer"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a process trains on one
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 SHARDED = (*TWO, Path(__file__).with_name("shard_on_cpu.py"))

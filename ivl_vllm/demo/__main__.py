@@ -147,8 +147,9 @@ def main() -> None:
     # two only slow such small models down; and the demo's own lines are not to drown in start-up messages.
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"), "1")
-    # Training takes one GPU of a process.
-    for name, value in {**quiet, **offline, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "0"}.items():
+    # Training takes one GPU of a process; vLLM refuses to see others than ROCm's variable says.
+    one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("HIP_VISIBLE_DEVICES", "0")}
+    for name, value in {**quiet, **offline, "OMP_NUM_THREADS": "2", **one_gpu}.items():
         os.environ.setdefault(name, value)
     start = time.perf_counter()
     seconds: dict[str, float] = {}

@@ -70,6 +70,7 @@ class IVLModelLoader(BaseModelLoader):
                 _keep_whole_context(layer)
         drafter = vllm_config.speculative_config
         most_rows = vllm_config.scheduler_config.max_num_seqs * (1 + (drafter.num_speculative_tokens if drafter else 0))
+        most_rows = min(most_rows, 512)  # kernels have the same shapes beyond
         for network in networks:
             network.warm_up(most_rows)
         rows = ValueRows.of(vllm_config)
@@ -118,6 +119,8 @@ def _load_network(
         # Only the base's experts are known to vLLM's balancer.
         config.parallel_config = copy.copy(vllm_config.parallel_config)
         config.parallel_config.enable_eplb = False
+        config.parallel_config.eplb_config = copy.copy(config.parallel_config.eplb_config)
+        config.parallel_config.eplb_config.num_redundant_experts = 0
     # Part of the key under which vLLM keeps compiled code. One folder may be loaded twice, with two maps; its compiled
     # forward knows its layers by name, and takes token ids or embeddings.
     scheme = network_scheme(source.model)

@@ -5,7 +5,6 @@ Dynamic Logits Fusion: Fan et al., 2024, arXiv 2406.15480. How the weights are f
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -206,14 +205,13 @@ def warm_up_solvers(
     """
     device = next(base.parameters()).device
     if choose_backend("auto", device) != "triton":
-        importlib.import_module("ivl_kernels.torch_fusion")  # which compiles
         return
     solved = SolvedWeights(settings, 1, device)
     pairs = [(name,) for name in solved.pairs]
     for count in warm_up_rows(most_rows):
         logits, nothing = torch.zeros(count, base_columns, device=device), torch.zeros(count, device=device)
         for rows in (None, torch.arange(count, device=device)):
-            value_add(logits, logits.clone(), nothing, row_index=rows)
+            value_add(logits, logits, nothing, row_index=rows)  # weights are 0, so nothing is read or written
             if count > 1:  # a row is solved alike however many there are
                 continue
             trust_region_weights(logits, logits.clone(), nothing, nothing, row_index=rows)

@@ -13,7 +13,7 @@ import trl
 from ivl_vllm.training import curves, models
 from ivl_vllm.training.base_cache import fingerprint
 from ivl_vllm.training.data import read_examples, split_examples, to_dataset
-from ivl_vllm.training.folders import list_checkpoints
+from ivl_vllm.training.folders import UNFINISHED, list_checkpoints
 from ivl_vllm.training.frozen_bases import load_more_bases
 from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
 from ivl_vllm.training.lora import add_lora
@@ -249,7 +249,7 @@ def _check_sharding(trainer: ValueTrainer) -> None:
 def _check_checkpoint(output: Path, name: str | None) -> str | None:
     """Find the checkpoint to go on from; refuse to mix a new run with an earlier one's checkpoints."""
     found = list_checkpoints(output)
-    if name is None or name.lower() in ("", "no", "false", "none"):
+    if not name or name.lower() in ("no", "false", "none"):
         if found:
             raise ValueError(
                 f"--output {output}: it holds checkpoints of an earlier run; go on from there with --resume last, "
@@ -273,7 +273,8 @@ def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
         raise ValueError(
             f"--output {name}: that is the folder of --base, --init or --more_bases, which would be overwritten"
         )
-    if not (output / CONFIG_NAME).exists():
+    # A run that was killed while its files were put in place left some of its own.
+    if not (output / CONFIG_NAME).exists() and not list_checkpoints(output) and not (output / UNFINISHED).exists():
         for file in ("config.json", "README.md"):
             if (output / file).exists():
                 raise ValueError(

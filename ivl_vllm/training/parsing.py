@@ -56,8 +56,10 @@ class _Parser(TrlParser):
 
 def _as_meant(value: Any, action: argparse.Action) -> Any:
     """YAML reads `no` as false, and nobody writes a list around one word."""
-    if value is False and action.type is str:
+    if value is False and action.dest.endswith("_strategy"):
         return "no"
+    if value is False and action.dest == "report_to":
+        return "none"
     if isinstance(value, str) and action.nargs in ("+", "*"):
         return [value]
     return value

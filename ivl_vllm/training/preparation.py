@@ -1,6 +1,7 @@
 """From tokenised examples to batches: lengths, packing, and held-out rows shared out to several processes."""
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -96,9 +97,10 @@ def _has_answer(labels: list[int]) -> bool:
 def _refused_line(dataset: Dataset, tokenizer: Any) -> str:
     """Say in which line of the data the chat template fails first."""
     for row in dataset:
+        options = {"tools": json.loads(row["tools"]) if row["tools"] else None, **row["chat_template_kwargs"]}
         try:
-            for messages in (row["prompt"], row["prompt"] + row["completion"]):
-                tokenizer.apply_chat_template(messages, tokenize=False, **row["chat_template_kwargs"])
+            tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True, **options)
+            tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False, **options)
         except TemplateError:
             return f", line {row['line']}"
     return ""

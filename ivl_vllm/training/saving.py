@@ -128,9 +128,7 @@ class SafeSaving(StopsDiverged):
         state = {**state, **{name: state[source] for name, source in tied if name in state and source in state}}
         if self._result_dtype is not None:
             state = cast_state(state, self._result_dtype)
-        # A checkpoint keeps the names that the network has here, as it is read back name by name (experts of a mixture
-        # are renamed); the result gets those of the hub.
-        plain.save_pretrained(folder, state_dict=state, save_original_format=self._result_dtype is not None)
+        plain.save_pretrained(folder, state_dict=state)
         if self._result_dtype is not None:
             _write_dtype(folder / "config.json", self._result_dtype)
         if self.args.should_save:
@@ -141,20 +139,26 @@ class SafeSaving(StopsDiverged):
                 self._on_save(folder, place)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not self._load_adapter(resume_from_checkpoint, self.model if model is None else model):
+        if not self._read_back(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._load_adapter(self.state.best_model_checkpoint, self.model):
+        if not self._read_back(self.state.best_model_checkpoint, self.model):
             super()._load_best_model()
 
-    def _load_adapter(self, checkpoint: str, model: torch.nn.Module) -> bool:
-        """Load the adapter of a checkpoint, if there is one: transformers looks for it beside the merged weights."""
-        network = self.accelerator.unwrap_model(model)
-        # Sharded weights have a file of their own, adapter and all.
-        if not is_lora(network) or self.is_fsdp_enabled:
+    def _read_back(self, checkpoint: str, model: torch.nn.Module) -> bool:
+        """Load a checkpoint's weights, unless they are sharded and have files of their own.
+
+        transformers' trainer would look for an adapter beside the merged weights, and miss the experts of a mixture,
+        which have other names in a file than in the network.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
-        network.load_adapter(Path(checkpoint) / ADAPTER, network.active_adapter, is_trainable=True)
+        network = self.accelerator.unwrap_model(model)
+        if is_lora(network):
+            network.load_adapter(Path(checkpoint) / ADAPTER, network.active_adapter, is_trainable=True)
+        else:
+            network.load_state_dict(type(network).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
         return True
 
 

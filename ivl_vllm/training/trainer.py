@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,20 @@ class TrainerArguments(CommonArguments, SFTConfig):
         """Flags of `SFTConfig` that would change nothing here, or do what they should not."""
         loss = "the loss is that of base plus value (--norm, --norm_positions, --base_temperature)"
         upload = f"upload the finished folder: hf upload NAME {self.output_dir}"
+        defaults = {field.name: field.default for field in fields(self)}
         for name, usual, instead in (
             ("label_smoothing_factor", (0.0,), loss),
             ("loss_type", ("nll", "chunked_nll"), loss),
-            ("router_aux_loss_coef", (None, 0.0), loss),
-            ("completion_only_loss", (None, True), "only answers are trained"),
+            ("router_aux_loss_coef", (0.0,), loss),
+            ("completion_only_loss", (True,), "only answers are trained"),
             ("assistant_only_loss", (False,), "only answers are trained, with any chat template"),
             ("push_to_hub", (False,), upload),
         ):
-            if (given := getattr(self, name, usual[0])) not in usual:
+            # The defaults are other ones in other releases of TRL.
+            if name in defaults and (given := getattr(self, name)) not in (*usual, defaults[name]):
                 raise ValueError(f"--{name} {given}: not offered, leave it out; {instead}")
+        if "router_aux_loss_coef" in defaults:
+            self.router_aux_loss_coef = None if defaults["router_aux_loss_coef"] is None else 0.0
 
 
 class ValueTrainer(SafeSaving, Preparation):
