@@ -61,7 +61,7 @@ def test_inputs_rotate_past_the_cache():
 
 def test_fusion_runs_and_is_no_worse_than_the_grid(tmp_path):
     output = tmp_path / "fusion-cpu.json"
-    run(BENCHMARKS / "kernel_fusion.py", "--quick", "--threads", 1, "--output", output)
+    run(BENCHMARKS / "kernel_fusion.py", "--cpu", "--quick", "--threads", 1, "--output", output)
     report = json.loads(output.read_text())
     assert report["environment"]["torch"] == torch.__version__
     for case in report["cases"]:

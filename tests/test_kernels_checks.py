@@ -184,6 +184,8 @@ logits = torch.zeros(2, 5)
 ivl_kernels.value_add(logits, torch.ones(2, 5), torch.tensor([1.0, 0.0]))
 ivl_kernels.lm_head_value_add(logits, torch.ones(2, 3), torch.ones(5, 3), torch.tensor([1.0, 0.0]))
 assert logits.tolist() == [[4.0] * 5, [0.0] * 5], logits
+base, anti = torch.randn(2, 1, 30)
+assert abs(ivl_kernels.fusion_weights(base, base + anti, base).weights - 1) < 1e-3
 assert not any(name.startswith("ivl_kernels.triton") for name in sys.modules)
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

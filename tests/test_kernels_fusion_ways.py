@@ -95,6 +95,43 @@ def test_what_plain_sums_do_not_tell(monkeypatch, kind):
     assert_solves(z, difference(e, a), target, limit, weight, reached)
 
 
+def test_differences_that_are_rounding_alone():
+    """Their mean may come out larger than all of them, and then exp() of what is left is 0 everywhere."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        base = torch.randn(1, 2000, generator=generator)
+        base[0, 0] += 20
+        delta = 1000 - torch.rand(1, 2000, generator=generator) * 1e-3
+        found = ivl_kernels.trust_region_weights(base, delta, torch.tensor([2e5]), 5.0, backend="torch")
+        assert 0 <= found.weights <= 2e5
+        assert not found.divergence.isnan()
+
+
+def test_columns_far_below_the_others_have_no_share():
+    base, delta = torch.full((1, 150_000), -1e4), torch.full((1, 150_000), 59.0)
+    base[0, :5], delta[0, :5] = torch.arange(5) / 5, 0.0
+    found = ivl_kernels.trust_region_weights(base, delta, torch.ones(1), 1e-6, backend="torch")
+    assert found.weights == 1
+    assert found.divergence < 1e-12
+
+
+@pytest.mark.parametrize(
+    "base, change",
+    [
+        (torch.where(FIRST, -math.inf, BASE), torch.where(FIRST, 900.0, CHANGE)),
+        (torch.cat((torch.tensor([math.nan, math.inf]), BASE[2:])), CHANGE),
+    ],
+    ids=["huge where forbidden", "NaN and infinity in the base"],
+)
+def test_columns_that_the_base_forbids(base, change):
+    expert = ANTI + change
+    found = ivl_kernels.fusion_weights(base[None], expert[None], ANTI[None], max_weight=2.0, backend="torch")
+    weight, reached, target = (part.item() for part in found)
+    z, e, a = arrays(base, expert, ANTI)
+    assert target == pytest.approx(divergence_of(e, a), rel=1e-3)
+    assert_solves(z, difference(e, a), target, 2.0, weight, reached)
+
+
 @pytest.mark.parametrize("limit", [2.0, 10.0, 30.0])
 @pytest.mark.parametrize("scale", [1.5, 5.0, 10.0])
 def test_steep_directions(scale, limit):

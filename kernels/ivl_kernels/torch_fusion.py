@@ -127,29 +127,33 @@ class Curve:
         """Give the divergence at a weight, and the variance of `weight · delta` there."""
         if self.spread <= 0:
             return 0.0, 0.0
-        exponents = self.centred * weight
-        if weight * self.largest <= LARGEST_EXPONENT:
-            gains = exponents.expm1_()
-            growth = torch.dot(self.shares, gains).item()
-            pull = torch.mul(self.first, gains)
-            mean = weight * (pull.sum().item() + self.offset)
-            second = weight * weight * (torch.dot(pull, self.centred).item() + self.variance)
-        else:
-            growth, mean, second = self.far_sums(exponents)
+        sums = self.near_sums(weight) if weight * self.largest <= LARGEST_EXPONENT else self.far_sums(weight)
+        if not sums[0] > -1.0:  # rounding, where differences hardly differ
+            sums = self.far_sums(weight, shifts=True)
+        growth, mean, second = sums
         total = 1.0 + growth
         mean /= total
         return max(0.0, mean - math.log1p(growth)), max(0.0, second / total - mean * mean)
 
-    def far_sums(self, exponents: torch.Tensor) -> tuple[float, float, float]:
+    def near_sums(self, weight: float) -> tuple[float, float, float]:
+        """Sums of `shares` times `expm1(e)`, `e · exp(e)` and `e² · exp(e)` with `e = weight · u`."""
+        gains = (self.centred * weight).expm1_()
+        growth = torch.dot(self.shares, gains).item()
+        pull = torch.mul(self.first, gains)
+        mean = weight * (pull.sum().item() + self.offset)
+        return growth, mean, weight * weight * (torch.dot(pull, self.centred).item() + self.variance)
+
+    def far_sums(self, weight: float, shifts: bool = False) -> tuple[float, float, float]:
         """The same sums where exp() might overflow: exponents are shifted by their largest, where that is large."""
-        logs = self.logits.log_softmax(0)
+        exponents, logs = self.centred * weight, self.logits.log_softmax(0)
         top = (logs + exponents).max().item()
-        if top > 1.0:
+        shifts = shifts or top > 1.0
+        if shifts:
             exponents = exponents - top
         moved = torch.exp(logs + exponents)
         gains = torch.where(exponents.abs() < 0.5, self.shares * exponents.expm1(), moved - self.shares)
         # Where nothing is shifted, the sum of shares · exponents is 0 up to rounding: apart, it keeps small sums exact.
-        mean = torch.dot(moved, exponents) if top > 1.0 else gains.dot(exponents) + self.shares.dot(exponents)
+        mean = torch.dot(moved, exponents) if shifts else gains.dot(exponents) + self.shares.dot(exponents)
         return gains.sum().item(), mean.item(), torch.dot(moved * exponents, exponents).item()
 
 
