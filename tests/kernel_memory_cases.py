@@ -1,8 +1,18 @@
-"""Memory of the torch backend, by torch's profiler. `test_kernels_torch.py` runs this file in a process of its own."""
+"""Memory of the torch backend without numba, by torch's profiler.
+
+`test_kernels_torch.py` runs this file in a process of its own.
+"""
+
+import importlib
 
 import pytest
 import torch
 from kernel_cases import device, make_case
+
+
+@pytest.fixture(autouse=True)
+def no_numba(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("ivl_kernels.value_add"), "load_fused", lambda: None)
 
 
 def peak_of(case) -> int:

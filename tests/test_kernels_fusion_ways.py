@@ -235,7 +235,8 @@ import sys, numba
 from numba import config
 {broken}
 import ivl_kernels.torch_fusion
-assert ivl_kernels.torch_fusion.fused_rows is None
+from ivl_kernels.value_add import load_fused
+assert ivl_kernels.torch_fusion.fused_rows is load_fused() is None
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 

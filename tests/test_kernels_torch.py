@@ -1,4 +1,4 @@
-"""The torch backend: right, chosen on the CPU, and frugal with memory."""
+"""The torch backend without numba: right, chosen on the CPU, and frugal with memory."""
 
 import importlib
 import subprocess
@@ -14,6 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 value_add_module = importlib.import_module("ivl_kernels.value_add")
 lm_head_module = importlib.import_module("ivl_kernels.lm_head_value_add")
+
+
+@pytest.fixture(autouse=True)
+def no_numba(monkeypatch):
+    monkeypatch.setattr(value_add_module, "load_fused", lambda: None)
 
 
 class TestTorch(KernelCases):
@@ -83,26 +88,18 @@ def scattered_case(operation: str = "value_add", **options):
     return case
 
 
-def test_long_float32_rows_go_one_by_one_and_in_one_pass(monkeypatch):
-    monkeypatch.setattr(value_add_module, "SHORT_ROW", 0)
+def test_float32_rows_go_one_by_one_and_in_one_pass():
     names = operations_of(scattered_case())
     assert names.count("add_") == 4
-    assert not {"mul", "mul_", "nan_to_num_", "index_add_", "_foreach_add_"} & set(names)
+    assert not {"mul", "mul_", "nan_to_num_", "_foreach_add_"} & set(names)
 
 
-def test_only_the_row_with_a_non_finite_value_takes_the_careful_path(monkeypatch):
-    monkeypatch.setattr(value_add_module, "SHORT_ROW", 0)
+def test_only_the_row_with_a_non_finite_value_takes_the_careful_path():
     case = scattered_case()
     case.value[1, 1] = NAN
     names = operations_of(case)
     assert names.count("nan_to_num_") == 1
     assert names.count("add_") == 4
-
-
-def test_short_rows_go_together():
-    names = operations_of(scattered_case())
-    assert [names.count(name) for name in ("mul", "nan_to_num_", "_foreach_add_")] == [1, 1, 1]
-    assert "aminmax" not in names
 
 
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
@@ -128,18 +125,6 @@ def test_consecutive_rows_in_groups(monkeypatch, first, skipped, weights):
         case.weights[skipped] = 0.0
     check(case, "torch")
     assert operations_of(case).count("nan_to_num_") == (1 if skipped == 0 else 2)
-
-
-@pytest.mark.parametrize("map_dtype", [None, torch.int32])
-@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
-def test_one_request_alone_needs_no_view_of_its_row(value_dtype, map_dtype):
-    case = make_case("value_add", 1, value_dtype=value_dtype, map_dtype=map_dtype, index_dtype=None)
-    case.storage = case.storage[:3]
-    case.logits = case.storage[1:2, :1000]
-    check(case, "torch")
-    names = operations_of(case)
-    assert names.count("add_") == names.count("aminmax") == 1
-    assert not {"select", "unbind", "mul", "mul_", "nan_to_num_"} & set(names)
 
 
 @pytest.mark.parametrize(
@@ -194,30 +179,39 @@ def test_hidden_states_are_copied_only_where_rows_are_skipped(monkeypatch, skips
 def test_a_single_row_needs_no_product():
     case = make_case("value_add", 1, index_dtype=None)
     names = operations_of(case)
-    assert names.count("add_") == names.count("aminmax") == 1
+    assert names.count("addcmul_") == names.count("aminmax") == 1
     assert not {"mul", "mul_", "nan_to_num_"} & set(names)
 
 
 @pytest.mark.parametrize(
-    ("n", "columns", "logits_dtype", "chosen"),
+    ("index", "has_map", "logits_dtype", "chosen"),
     [
-        pytest.param(1, 1000, torch.float32, "add_row", id="one-row"),
-        pytest.param(8, 1000, torch.float32, "add_group", id="short-rows"),
-        pytest.param(40, 1000, torch.float32, "add_in_groups", id="many-short-rows"),
-        pytest.param(40, 8192, torch.float32, "add_row", id="long-rows"),
-        pytest.param(1, 8192, torch.bfloat16, "add_group", id="other-dtype"),
-        pytest.param(4, 8192, torch.bfloat16, "add_in_groups", id="long-rows-of-another-dtype"),
+        pytest.param([0, 1, 2, 3], False, torch.float32, "add_run", id="consecutive"),
+        pytest.param([3, 0, 6, 2], False, torch.float32, "add_row", id="scattered"),
+        pytest.param([0, 1, 2, 3], True, torch.float32, "add_row", id="consecutive-with-a-map"),
+        pytest.param([0, 1, 2, 3], False, torch.bfloat16, "add_in_groups", id="other-dtype"),
+        pytest.param([3, 0, 6, 2], True, torch.bfloat16, "add_in_groups", id="other-dtype-with-a-map"),
     ],
 )
-def test_choice_between_rows_and_groups(monkeypatch, n, columns, logits_dtype, chosen):
-    taken = []
-    for name in ("add_row", "add_group", "add_in_groups"):
+def test_choice_between_rows_and_groups(monkeypatch, index, has_map, logits_dtype, chosen):
+    taken = set()
+    for name in ("add_run", "add_row", "add_in_groups"):
         original = getattr(value_add_module, name)
-        wrapped = lambda *args, name=name, original=original: taken.append(name) or original(*args)  # noqa: E731
+        wrapped = lambda *args, name=name, original=original: taken.add(name) or original(*args)  # noqa: E731
         monkeypatch.setattr(value_add_module, name, wrapped)
-    check(make_case("value_add", n, columns, logits_dtype=logits_dtype), "torch")
-    assert taken[0] == chosen
-    assert ("add_row" in taken) == (chosen == "add_row")
+    case = plain_case(logits_dtype=logits_dtype, map_dtype=torch.int32 if has_map else None)
+    case.row_index = torch.tensor(index, device=case.logits.device)
+    check(case, "torch")
+    assert taken == {chosen}
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(8, 1), (40, 5)])
+def test_groups_are_cut_where_they_are_large(monkeypatch, rows, groups):
+    monkeypatch.setattr(value_add_module, "rows_in_cache", lambda width: 8)
+    case = make_case("value_add", rows, logits_dtype=torch.bfloat16, index_dtype=None)
+    case.weights.fill_(0.5)
+    check(case, "torch")
+    assert operations_of(case).count("_foreach_add_") == groups
 
 
 @pytest.mark.parametrize(("rows", "total", "used"), [([2], 3, "select"), ([2, 0], 3, "unbind"), ([2, 0], 9, "select")])
@@ -227,21 +221,6 @@ def test_views_of_rows(rows, total, used):
         views = value_add_module.row_views(tensor, rows)
     assert torch.equal(torch.stack(views), tensor[rows])
     assert set(operations.names) == {used}
-
-
-@pytest.mark.parametrize(
-    ("padding", "logits_dtype", "used"),
-    [
-        pytest.param(0, torch.float32, "index_add_", id="contiguous"),
-        pytest.param(8, torch.float32, "_foreach_add_", id="strided"),
-        pytest.param(0, torch.bfloat16, "_foreach_add_", id="other-dtype"),
-    ],
-)
-def test_scattered_rows_of_a_group(padding, logits_dtype, used):
-    case = plain_case(padding=padding, logits_dtype=logits_dtype)
-    case.row_index = torch.tensor([3, 0, 6, 2], device=case.logits.device)
-    names = operations_of(case)
-    assert {"index_add_", "_foreach_add_"} & set(names) == {used}
 
 
 @pytest.mark.parametrize(
@@ -281,18 +260,16 @@ def test_nothing_steered_computes_nothing():
 
 @pytest.mark.parametrize("threads", [1, 64])
 @pytest.mark.parametrize("map_dtype", [None, torch.int64])
-@pytest.mark.parametrize("short_row", [0, 10**6], ids=["rows", "groups"])
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=["rows", "groups"])
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operation", ["value_add", "lm_head"])
 def test_no_more_than_one_temporary_of_rows_times_columns(
-    monkeypatch, operation, value_dtype, short_row, map_dtype, threads
+    monkeypatch, operation, value_dtype, logits_dtype, map_dtype, threads
 ):
-    monkeypatch.setattr(value_add_module, "SHORT_ROW", short_row)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows, columns = 64, 40_000
-    case = make_case(
-        operation, rows, columns, hidden=32, value_dtype=value_dtype, map_dtype=map_dtype, index_dtype=None
-    )
+    dtypes = {"logits_dtype": logits_dtype, "value_dtype": value_dtype, "map_dtype": map_dtype, "index_dtype": None}
+    case = make_case(operation, rows, columns, hidden=32, **dtypes)
     case.row_index = torch.randperm(rows + 3, device=case.logits.device)[:rows]
     with Operations() as operations:
         case.run("torch")
@@ -306,7 +283,7 @@ def test_no_more_than_one_temporary_of_rows_times_columns(
 
 
 def test_a_narrow_value_under_a_wide_base_goes_in_groups():
-    case = make_case("value_add", 8, 7000, 50, map_dtype=torch.int32, index_dtype=None)
+    case = make_case("value_add", 8, 7000, 50, logits_dtype=torch.bfloat16, map_dtype=torch.int32, index_dtype=None)
     with Operations() as operations:
         case.run("torch")
     *_, second, largest = sorted(operations.sizes)

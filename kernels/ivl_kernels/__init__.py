@@ -1,7 +1,7 @@
 """Kernels that add weighted value logits into base logits, and solve the weights (arXiv 2410.21027, 2406.15480).
 
-The package imports with torch alone. Triton is imported when its backend is first used, numba, where it is installed,
-when a weight is first solved by torch; vLLM never.
+The package imports with torch alone. Triton is imported when its backend is first used; numba, where it is installed,
+when torch's is, on a CPU; vLLM never.
 """
 
 from ivl_kernels.checks import check_vocab_map

@@ -8,23 +8,13 @@ Where a weighted difference is too large for plain sums the answer is NaN. Nothi
 arrays of that call.
 """
 
-import contextlib
 import math
 import threading
 
 import numpy as np
-from llvmlite.binding import ffi
-from numba import config, njit
 
+from ivl_kernels.compiler import njit
 from ivl_kernels.weight_search import LARGEST_EXPONENT, find
-
-if config.DISABLE_JIT:
-    raise ImportError("numba compiles nothing here (NUMBA_DISABLE_JIT)")
-
-# vLLM's CPU worker asks whatever a module holds for its `__dict__`, and llvmlite's library takes that for the name of a
-# function: the next engine in this process would not start.
-with contextlib.suppress(AttributeError):
-    ffi.lib._fntab.setdefault("__dict__", {})
 
 FLOAT, INT = np.float32, np.int32
 ZERO, HALF, ONE, LOG2_E = FLOAT(0.0), FLOAT(0.5), FLOAT(1.0), FLOAT(math.log2(math.e))

@@ -1,15 +1,18 @@
 """`value_add`: add weighted value logits, which exist already, into base logits. The math, and the torch backend."""
 
+import functools
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
 from ivl_kernels.checks import check_operands, choose_backend
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-# In the torch backend: columns below which several rows go together, since calls for each take longer than its numbers.
-SHORT_ROW = 8192
+# Calls for so many value logits, or by so few of torch's threads, go to numba's one pass, which has one thread; torch
+# shares its several passes, with at least 32,768 numbers for each thread. Beyond two threads this is an estimate.
+FUSED_NUMBERS, FUSED_THREADS = 1 << 17, 2
 # Temporaries of fewer numbers than this (64 KiB) are not cut in two.
 SMALL = 16384
 # A tensor: adding Python's 1 takes longer than adding 1 to a thousand columns does.
@@ -76,16 +79,23 @@ def value_add_torch(
     `steered` is what `steered_rows` gave, from a caller who made `value_logits` for these rows alone and leaves them to
     be overwritten.
 
-    Consecutive rows of float32 logits, as where every row is steered, are multiplied and added in one operation. Other
-    long ones go one by one: the second pass over a row finds it in the processor's cache, and no temporary grows with
-    the batch. Short rows and other dtypes go in groups that stay in the cache. Temporaries never
-    hold more numbers together than one of rows × columns, value logits that are left here not counted, except where
-    that is less than `SMALL`.
+    Where numba is installed and few threads share the work, `ivl_kernels.fused_add` does it. Else consecutive rows of
+    float32 logits, as where every row is steered, are multiplied and added in one operation. Others go one by one: the
+    second pass over a row finds it in the processor's cache, and no temporary grows with the batch. Logits of other
+    dtypes go in groups that stay in the cache. Temporaries never hold more numbers together than one of rows × columns,
+    value logits that are left here not counted, except where that is less than `SMALL`.
     """
     is_owned = steered is not None
+    fused = load_fused() if is_fused(logits, value_logits, weights, vocab_map) else None
+    if fused is not None:
+        if is_owned:
+            row_index = torch.tensor(steered[0], device="cpu")
+            weights = torch.tensor(steered[2], device="cpu", dtype=torch.float32)
+        fused.add_fused(logits, value_logits, weights, row_index, vocab_map)
+        return logits
     rows, sources, factors = steered_rows(logits, weights, row_index) if steered is None else steered
-    count, (height, base_width), (value_height, width) = len(rows), logits.shape, value_logits.shape
-    if not (count and base_width and width):
+    base_width, width = logits.shape[1], value_logits.shape[1]
+    if not (rows and base_width and width):
         return logits
     changed, columns = logits, None
     if vocab_map is not None:
@@ -93,45 +103,48 @@ def value_add_torch(
     elif width != base_width:
         width = min(width, base_width)
         changed, value_logits = logits[:, :width], value_logits[:, :width]
-    is_float32 = logits.dtype == torch.float32
-    if is_float32 and count == height == value_height == 1:
-        # A gather from a matrix is slow with other dtypes.
-        add_row(changed, value_logits if columns is None else value_logits.view(-1), factors[0], columns)
-        return logits
-    is_alone = is_float32 and count == 1
-    if is_float32 and columns is None and not is_alone and is_run(rows) and is_run(sources):
-        add_run(changed, value_logits, rows[0], sources[0], weights, factors)
-        return logits
-    if is_alone or (is_float32 and width >= SHORT_ROW):
+    if logits.dtype != torch.float32:
+        add_in_groups(changed, value_logits, rows, sources, factors, columns, is_owned)
+    elif columns is None and is_run(rows) and is_run(sources):
+        add_run(changed, value_logits, rows[0], sources[0], factors)
+    else:
         targets, values = row_views(changed, rows), row_views(value_logits, sources)
         for target, value, factor in zip(targets, values, factors, strict=True):
             add_row(target, value, factor, columns)
-        return logits
-    if count < weights.numel():
-        row_index = torch.tensor(rows, device=logits.device)
-        weights = torch.tensor(factors, device=logits.device, dtype=torch.float32)
-    if count * (width if columns is None else max(width, base_width)) > SMALL:
-        add_in_groups(changed, value_logits, rows, sources, row_index, weights, columns, is_owned)
-        return logits
-    if count < value_height:
-        value_logits = take_rows(value_logits, sources)
-    add_group(changed, value_logits, rows, row_index, weights, columns, is_owned)
     return logits
 
 
-def add_run(
-    logits: torch.Tensor,
-    value_logits: torch.Tensor,
-    row: int,
-    source: int,
-    weights: torch.Tensor,
-    factors: list[float],
-) -> None:
+def is_fused(
+    logits: torch.Tensor, value_logits: torch.Tensor, weights: torch.Tensor, vocab_map: torch.Tensor | None
+) -> bool:
+    """Whether numba's pass can take these and is the fastest way."""
+    numbers = value_logits.numel()
+    return (
+        logits.is_cpu
+        and logits.dtype == torch.float32
+        and value_logits.dtype in (torch.float32, torch.bfloat16)
+        and (vocab_map is None or vocab_map.dtype == torch.int32)
+        and numbers > 0
+        and logits.numel() > 0
+        and (numbers <= FUSED_NUMBERS or torch.get_num_threads() <= FUSED_THREADS)
+        and not (logits.requires_grad or value_logits.requires_grad or weights.requires_grad)
+    )
+
+
+@functools.cache
+def load_fused() -> ModuleType | None:
+    """`ivl_kernels.fused_add`, which compiles for two seconds; None where numba is missing or does not work."""
+    try:
+        from ivl_kernels import fused_add
+    except Exception:
+        return None
+    return fused_add
+
+
+def add_run(logits: torch.Tensor, value_logits: torch.Tensor, row: int, source: int, factors: list[float]) -> None:
     """Add value rows from `source` on, each times its factor, into rows of float32 logits from `row` on."""
-    count, width = len(factors), logits.shape[1]
-    if count < weights.numel() or weights.dtype != torch.float32:
-        weights = torch.tensor(factors, device=logits.device, dtype=torch.float32)
-    steps, group, largest = weights.view(-1, 1), rows_in_cache(width), max(map(abs, factors))
+    count, group, largest = len(factors), rows_in_cache(logits.shape[1]), max(map(abs, factors))
+    steps = torch.tensor(factors, device=logits.device, dtype=torch.float32).view(-1, 1)
     for start in range(0, count, group):
         end = min(start + group, count)
         target, value = logits[row + start : row + end], value_logits[source + start : source + end]
@@ -212,56 +225,31 @@ def add_in_groups(
     value_logits: torch.Tensor,
     rows: Sequence[int],
     sources: Sequence[int],
-    row_index: torch.Tensor | None,
-    weights: torch.Tensor,
+    factors: list[float],
     columns: Columns | None,
     is_owned: bool,
 ) -> None:
-    """Add the value rows `sources` into `rows` of `logits`, as `add_group` does, in groups that stay in the cache."""
+    """Add the value rows `sources`, each times its factor, into `rows` of `logits` of any dtype, and round once.
+
+    They go in groups that stay in the cache. Value rows that are owned are overwritten.
+    """
     count, width = len(rows), max(value_logits.shape[1], logits.shape[1])
     # So many temporaries of a group together hold no more than one of rows × columns, or half of that beside value
     # logits that are a temporary themselves.
     temporaries = 1 + (not is_run(sources)) + (0 if columns is None else columns.temporaries(value_logits))
     group = min(rows_in_cache(width), -(-count // (2 * temporaries if is_owned else temporaries)))
+    group = count if count * width <= SMALL else group
+    steps = torch.tensor(factors, device=logits.device, dtype=torch.float32).view(-1, 1)
+    views = row_views(logits, rows)
     for start in range(0, count, group):
         part = slice(start, start + group)
-        index = None if row_index is None else row_index[part]
         values = take_rows(value_logits, sources[part])
-        add_group(logits, values, rows[part], index, weights[part], columns, is_owned)
-
-
-def add_group(
-    logits: torch.Tensor,
-    value_logits: torch.Tensor,
-    rows: Sequence[int],
-    row_index: torch.Tensor | None,
-    weights: torch.Tensor,
-    columns: Columns | None,
-    is_owned: bool,
-) -> None:
-    """Add value rows, each times its weight, into `rows` of `logits` of any dtype, and round once.
-
-    `row_index` holds the same rows, or is None where they are consecutive; value rows that are owned are overwritten.
-    """
-    if weights.dtype != torch.float32:
-        weights = weights.float()
-    factors = weights.view(-1, 1)
-    if columns is None and value_logits.dtype == torch.float32:
-        steer = value_logits.mul_(factors) if is_owned else value_logits * factors
-    else:
-        value_logits = value_logits.float()  # before the gather, which is slow for narrower numbers
-        if columns is not None:
-            value_logits = columns.gather(value_logits)
-        steer = value_logits.mul_(factors)
-    steer.nan_to_num_(0.0, 0.0, 0.0)
-    first, last, is_float32 = rows[0], rows[-1], logits.dtype == torch.float32
-    if last - first == len(rows) - 1 and is_run(rows) and (is_float32 or steer.numel() <= SMALL):
-        logits[first : last + 1].add_(steer)  # which widens other dtypes into temporaries of its own
-    elif is_float32 and logits.is_contiguous():
-        logits.index_add_(0, row_index, steer)
-    else:  # index_add_ is slow with strides and cannot mix dtypes
-        views = logits.unbind(0)
-        torch._foreach_add_([views[row] for row in rows], list(steer.unbind(0)))
+        if columns is None and values.dtype == torch.float32:
+            steer = values.mul_(steps[part]) if is_owned else values * steps[part]
+        else:
+            values = values.float()  # before the gather, which is slow for narrower numbers
+            steer = (values if columns is None else columns.gather(values)).mul_(steps[part])
+        torch._foreach_add_(views[part], list(steer.nan_to_num_(0.0, 0.0, 0.0).unbind(0)))
 
 
 def rows_in_cache(width: int) -> int:
