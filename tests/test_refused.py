@@ -180,3 +180,21 @@ def test_stores_that_take_ranks_for_equal(kind, value_heads, ranks, is_refused):
     models = [SimpleNamespace(use_mla=False, get_total_num_kv_heads=lambda n=n: n) for n in (4, value_heads)]
     with pytest.raises(ValueError, match=f"tensor_parallel_size={ranks} takes 2") if is_refused else nullcontext():
         _check_connectors(config, models)
+
+
+@pytest.mark.parametrize(
+    "base_is_mla, value_is_mla, ranks, is_refused",
+    [(True, False, 2, True), (True, True, 2, False), (True, False, 1, False), (False, False, 2, False)],
+)
+def test_a_store_that_keeps_latents_once(base_is_mla, value_is_mla, ranks, is_refused):
+    """Latents are alike on all ranks; a value network's heads are not."""
+    from ivl_vllm.serving.checks import _check_connectors
+
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector="LMCacheMPConnector", kv_connector_extra_config={}),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
+    kinds = base_is_mla, value_is_mla
+    models = [SimpleNamespace(use_mla=is_mla, get_total_num_kv_heads=lambda: 2) for is_mla in kinds]
+    with pytest.raises(ValueError, match="'LMCacheMPConnector'.*another connector") if is_refused else nullcontext():
+        _check_connectors(config, models)

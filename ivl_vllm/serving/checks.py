@@ -50,6 +50,9 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         # Would look for windows in the group (vLLM before 0.32).
         vllm_config.model_config.disable_cascade_attn = True
+    passes = vllm_config.compilation_config.pass_config
+    if passes.fuse_allreduce_rms and max(map(_width, models)) > _width(models[0]):
+        passes.fuse_allreduce_rms = False  # its buffer is as wide as the base (or a drafter), and all models share it
     admission.admit_for(settings, vllm_config)
 
 
@@ -68,12 +71,18 @@ def _check_connectors(config: VllmConfig, models: Sequence[ModelConfig]) -> None
     ranks = config.parallel_config.tensor_parallel_size
     # On how many ranks vLLM has the same heads.
     copies = [max(1, ranks // (1 if model.use_mla else model.get_total_num_kv_heads())) for model in models]
-    if "MooncakeStoreConnector" in kinds and min(copies) < copies[0]:
+    stores = {"MooncakeStoreConnector"} | ({"LMCacheMPConnector"} if models[0].use_mla else set())
+    found = stores.intersection(kinds)
+    if found and min(copies) < copies[0]:
         raise ValueError(
-            f"ivl: kv_connector is 'MooncakeStoreConnector', which with tensor_parallel_size={ranks} takes {copies[0]} "
+            f"ivl: kv_connector is {found.pop()!r}, which with tensor_parallel_size={ranks} takes {copies[0]} "
             "ranks of the base to hold the same keys and values, but those of a value network, which has more heads, "
             "differ: use a smaller --tensor-parallel-size, or another connector"
         )
+
+
+def _width(model: ModelConfig) -> int:
+    return model.get_hidden_size()
 
 
 def _has_window(model: ModelConfig) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from ivl_kernels import lm_head_value_add, value_add
 from ivl_kernels.checks import choose_backend
+from ivl_kernels.value_add import load_fused
 from torch import nn
 from vllm import envs
 from vllm.config import ModelConfig
@@ -147,12 +148,14 @@ class Network:
         """
         parameter = next(self.model.parameters())
         if choose_backend("auto", parameter.device) != "triton":
+            if parameter.is_cpu:
+                load_fused()
             return
         for rows in warm_up_rows(max_rows):
-            logits = parameter.new_zeros(rows, self._base_columns, dtype=torch.float32)
-            index = torch.arange(rows, device=parameter.device)
-            for row_index in (None, index):
-                self.add_logits(logits, self.no_hidden(rows), logits.new_zeros(rows), row_index)
+            for logits in no_logits(rows, self._base_columns, parameter.device):
+                index = torch.arange(rows, device=parameter.device)
+                for row_index in (None, index):
+                    self.add_logits(logits, self.no_hidden(rows), logits.new_zeros(rows), row_index)
 
     def no_hidden(self, rows: int) -> torch.Tensor:
         """Zeros in place of its hidden states, `[rows, hidden]`."""
@@ -162,6 +165,18 @@ class Network:
 def warm_up_rows(most: int) -> list[int]:
     """The powers of two below `most`, and `most`."""
     return [1 << power for power in range((most - 1).bit_length())] + [most]
+
+
+def no_logits(rows: int, columns: int, device: torch.device) -> list[torch.Tensor]:
+    """Zeros `[rows, columns]` with the row strides that a step's fp32 logits may have.
+
+    vLLM pads a vocabulary to a multiple of 64 and hands over a view without the padding; a single row of it keeps its
+    stride when it is converted. Triton compiles anew for a stride that 16 divides.
+    """
+    found = [torch.zeros(rows, columns, device=device)]
+    if rows == 1 and columns % 64:
+        found.append(torch.zeros(1, -(-columns // 64) * 64, device=device)[:, :columns])
+    return found
 
 
 def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None, str]:

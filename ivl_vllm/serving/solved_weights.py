@@ -6,6 +6,7 @@ Dynamic Logits Fusion: Fan et al., 2024, arXiv 2406.15480. How the weights are f
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ivl_vllm.serving.joined_model import Rows
-from ivl_vllm.serving.network import Network, warm_up_rows
+from ivl_vllm.serving.network import Network, no_logits, warm_up_rows
 from ivl_vllm.serving.request_weights import Addition, together
 from ivl_vllm.serving.shared_weights import project
 from ivl_vllm.settings import Settings
@@ -213,12 +214,16 @@ def warm_up_solvers(
     solved = SolvedWeights(settings, 1, device)
     pairs = [(name,) for name in solved.pairs]
     for count in warm_up_rows(most_rows):
-        logits, nothing = torch.zeros(count, base_columns, device=device), torch.zeros(count, device=device)
-        for rows in (None, torch.arange(count, device=device)):
+        nothing = torch.zeros(count, device=device)
+        for logits, rows in itertools.product(
+            no_logits(count, base_columns, device), (None, torch.arange(count, device=device))
+        ):
             value_add(logits, logits, nothing, row_index=rows)  # weights are 0, so nothing is read or written
-            if count > 1:  # a row is solved alike however many there are
+            # A row is solved alike however many there are. But value logits that are projected together lie behind each
+            # other, and whether 16 bytes divide where the second ones begin depends on the rows: 8 of them always do.
+            if count not in (1, 8):
                 continue
             trust_region_weights(logits, logits.clone(), nothing, nothing, row_index=rows)
             for names in [*pairs, tuple(solved.pairs)] if len(pairs) > 1 else pairs:
-                hidden = Rows(network.no_hidden(1) for network in networks)
+                hidden = Rows(network.no_hidden(count) for network in networks)
                 solved.fuse(logits, hidden, networks, groups, rows, nothing, names)

@@ -8,10 +8,14 @@ networks run, and the salt says which these are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import uuid
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from vllm.config.compilation import CompilationMode
 
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.graphs import choose_graphs
@@ -102,7 +106,9 @@ class Steps:
     Attributes:
         settings: the engine's.
         skip: whether networks may sit out steps. Not with data parallelism, whose ranks must make the same collective
-            calls, nor with a KV connector, which may hand blocks to requests by rules of its own.
+            calls, nor with a KV connector, which may hand blocks to requests by rules of its own, nor where
+            torch.compile takes the model as a whole (mode 1): each set of networks would be compiled again, up to
+            torch's limit, at which the engine ends.
         fingerprint: of the networks, with a KV connector: what it stores may outlive the engine, and be found by one
             with other networks.
         needed: numbers of the networks that the step in progress needs; None outside of steps (profiling, warm-up,
@@ -117,9 +123,11 @@ class Steps:
             self.settings.skip_unsteered
             and vllm_config.parallel_config.data_parallel_size == 1
             and vllm_config.kv_transfer_config is None
+            and vllm_config.compilation_config.mode != CompilationMode.STOCK_TORCH_COMPILE
         )
         self.fingerprint: str | None = vllm_config.additional_config.get(ENGINE_KEY, {}).get("fingerprint")
         self._of_request: dict[str, frozenset[int]] = {}
+        self._is_warming_up = False
         self.needed: frozenset[int] | None = None
         self.sampled = False
 
@@ -137,7 +145,7 @@ class Steps:
     def begin(self, scheduled: SchedulerOutput) -> None:
         """A step starts."""
         self.sampled = False
-        if not self.skip:
+        if not self.skip or self._is_warming_up:
             return
         for request in scheduled.finished_req_ids:
             self._of_request.pop(request, None)
@@ -156,6 +164,15 @@ class Steps:
         """The step's forward is over."""
         self.needed = None
 
+    @contextlib.contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Steps in here are of vLLM's own making, to compile kernels: all networks run."""
+        self._is_warming_up = True
+        try:
+            yield
+        finally:
+            self._is_warming_up = False
+
 
 # By identity, as in joined_model.
 _steps_of_engine: dict[int, Steps] = {}
@@ -165,7 +182,7 @@ def watch_steps() -> None:
     """Has the workers of this process tell `Steps` what is scheduled."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    execute = Worker.execute_model
+    execute, warm_up = Worker.execute_model, Worker.compile_or_warm_up_model
     if getattr(execute, "ivl", False):
         return
 
@@ -182,5 +199,11 @@ def watch_steps() -> None:
         finally:
             steps.end()
 
+    @functools.wraps(warm_up)
+    def compile_or_warm_up_model(self: Worker, *args: Any, **kwargs: Any) -> Any:
+        steps = Steps.of(self.vllm_config)
+        with contextlib.nullcontext() if steps is None else steps.warming_up():
+            return warm_up(self, *args, **kwargs)
+
     execute_model.ivl = True
-    Worker.execute_model = execute_model
+    Worker.execute_model, Worker.compile_or_warm_up_model = execute_model, compile_or_warm_up_model
