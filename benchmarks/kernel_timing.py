@@ -192,9 +192,11 @@ def summary(values: list[float]) -> Timing:
 
 def environment(device: torch.device) -> dict:
     """What a figure depends on: machine, driver, versions, command."""
+    from revision import revision  # here, since tests load this file alone
+
     found = {
         "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
+        **revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

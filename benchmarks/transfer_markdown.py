@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transfer_rows import ALL, BASE_ALONE, LIMITS, PROXY, RIGHT, TUNED, WEIGHTS
+from transfer_rows import ALL, BASE_ALONE, LIMITS, OTHERS, PROXY, RIGHT, TUNED, WEIGHTS
 from transfer_table import AVERAGE, SHARE
 from transfer_world import NEWS, TASKS
 
@@ -192,8 +192,9 @@ def render(report: dict[str, Any]) -> str:
         "## Several experts at once",
         "One expert for each task: S fine-tuned on its demonstrations alone, minus S. All four serve every item; or "
         "the right one of each item's task; or all but that one, so that each column is a task that no expert learnt. "
-        f"By validation: weight {weights[ALL]:g} of all four (and of three), {weights[RIGHT]:g} of the right one; "
-        f"max_kl {limits[ALL]:g} and {limits[RIGHT]:g} at weight 1.",
+        f"By validation: weight {weights[ALL]:g} of all four, {weights[RIGHT]:g} of the right one, "
+        f"{weights[OTHERS]:g} of the other three; max_kl {limits[ALL]:g}, {limits[RIGHT]:g} and {limits[OTHERS]:g} at "
+        "weight 1.",
     ]
     for base, rows in report["several_experts"].items():
         parts += [f"### {base}", several_table(rows, report["targets"], base, report["bases"][base]["parameters"])]

@@ -44,7 +44,8 @@ NOTES = (
     "Temperature, λ and steps were chosen for each variant by the cross-entropy of M plus value network on the "
     "validation splits of the first two seeds, and hold for all targets and seeds (`two bases` knows M "
     "from training, the others do not). All value networks have one learning rate. Each fine-tuned base has a "
-    "search of learning rates of its own on each seed, by its own validation loss. Within a run both keep the best "
+    "search of learning rates of its own on each seed, by its own validation loss; so value networks have the wider "
+    "search (three settings), beside M, which is a target too. Within a run both keep the best "
     "checkpoint by validation loss (a value network's has the norm term in it) and stop early by it, with the same "
     "patience.",
     "Proxy-tuning: the expert is S fine-tuned, at the learning rate that, with the weight of `best weight`, gave the "
@@ -88,11 +89,12 @@ def told_note(scale: Scale) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine and the versions that matter."""
+    """The machine, the code and the versions that matter."""
     import torch
+    from revision import revision  # here, since tests load this file alone
 
     names = ("torch", "transformers", "trl", "tokenizers")
-    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    found = {**revision(), "python": platform.python_version(), **{name: metadata.version(name) for name in names}}
     found["vllm"] = metadata.version("vllm")
     processor = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),

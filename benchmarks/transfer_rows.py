@@ -113,8 +113,8 @@ def expert_rows(
     Args:
         experts: Task → folder of the small base, fine-tuned on that task alone.
         small: The small base.
-        weights: `ALL` and `RIGHT` → fixed weights to ask with.
-        limits: `ALL` and `RIGHT` → nats of their trust region around the base, at weight 1; those that are wanted.
+        weights: `ALL`, `RIGHT` and `OTHERS` → fixed weights to ask with.
+        limits: The same → nats of their trust region around the base, at weight 1; those that are wanted.
     """
     values = {task: pair(folder, small) for task, folder in experts.items()}
     rows = []
@@ -125,13 +125,12 @@ def expert_rows(
             task: [name for name in values if label == ALL or (name == known) == (label == RIGHT)]
             for task, known in right.items()
         }
-        chosen = RIGHT if label == RIGHT else ALL
         asked: dict[str, dict[str, Any]] = {
             f"{label}, weight {weight:g}": {task: dict.fromkeys(names, weight) for task, names in used.items()}
-            for weight in weights[chosen]
+            for weight in weights[label]
         }
         asked[f"{label}, auto"] = {task: f"auto:{','.join(names)}" for task, names in used.items()}
-        for nats in limits[chosen]:
+        for nats in limits[label]:
             asked[limit_label(label, nats)] = {
                 task: limited(dict.fromkeys(names, 1.0), nats) for task, names in used.items()
             }

@@ -10,7 +10,7 @@ import transfer_pretrain
 import transfer_rows as rows
 import transfer_training
 from transfer_family import BASES, SMALL, Scale
-from transfer_rows import ALL, LIMITS, PROXY, RESIDUAL, RIGHT, TUNED, VALUE_ALONE, WEIGHTS, Row
+from transfer_rows import ALL, LIMITS, OTHERS, PROXY, RESIDUAL, RIGHT, TUNED, VALUE_ALONE, WEIGHTS, Row
 from transfer_stages import EVERYTHING, Stage, read_result
 from transfer_training import VARIANTS
 from transfer_world import TASKS, Item, World
@@ -96,7 +96,7 @@ def choose_weights(base: Path, seed: int, scale: Scale, folders: dict[str, Path]
     small = folders[f"{seed}/base/{SMALL}"]
     main = rows.steered(RESIDUAL, {"model": str(folders[f"{seed}/value/{RESIDUAL}"])})
     proxy = rows.steered(PROXY, rows.pair(folders[f"{seed}/expert/{EVERYTHING}"], small))
-    weights, limits = {ALL: TOGETHER, RIGHT: WEIGHTS}, {ALL: LIMITS, RIGHT: LIMITS}
+    weights, limits = {ALL: TOGETHER, RIGHT: WEIGHTS, OTHERS: TOGETHER}, dict.fromkeys((ALL, RIGHT, OTHERS), LIMITS)
     experts = rows.expert_rows(experts_of(seed, folders), small, weights, limits)
     shares = ask_validation(base, [*rows.limit_rows(main), *rows.limit_rows(proxy), *experts], seed, scale)
 
@@ -110,7 +110,7 @@ def choose_weights(base: Path, seed: int, scale: Scale, folders: dict[str, Path]
         },
         "limits": {
             kind: best(LIMITS, lambda nats, kind=kind: rows.limit_label(kind, nats))
-            for kind in (RESIDUAL, PROXY, ALL, RIGHT)
+            for kind in (RESIDUAL, PROXY, ALL, RIGHT, OTHERS)
         },
         "validation_accuracy": shares,
     }
@@ -120,7 +120,7 @@ def joint_rows(base: str, seed: int, folders: dict[str, Path]) -> list[Row]:
     """The rows of experts of one task each: weight 1, the chosen weight, auto, the chosen trust region."""
     chosen = read_result(folders["0/choice/weights"])
     weights = {kind: tuple(sorted({1.0, weight})) for kind, weight in chosen["weights"].items()}
-    limits = {kind: (chosen["limits"][kind],) for kind in (ALL, RIGHT)}
+    limits = {kind: (chosen["limits"][kind],) for kind in (ALL, RIGHT, OTHERS)}
     return rows.expert_rows(experts_of(seed, folders), folders[f"{seed}/base/{SMALL}"], weights, limits)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_runs_on_the_cpu_and_draws(tmp_path):
     assert "not yet measured" in printed
     report = json.loads(output.read_text())
     assert report["environment"]["torch"] == torch.__version__
+    assert re.fullmatch(r"[0-9a-f]{10}\+?|unknown", report["environment"]["commit"])
     assert {case["operation"] for case in report["cases"]} == {"value_add", "lm_head_value_add"}
     assert all(case["timings"]["ours"]["median_us"] > 0 for case in report["cases"])
     run(BENCHMARKS / "plot.py", output)
@@ -260,6 +262,7 @@ def test_fusion_runs_and_is_no_worse_than_the_grid(tmp_path):
     run(BENCHMARKS / "kernel_fusion.py", "--cpu", "--quick", "--threads", 1, "--output", output)
     report = json.loads(output.read_text())
     assert report["environment"]["torch"] == torch.__version__
+    assert re.fullmatch(r"[0-9a-f]{10}\+?|unknown", report["environment"]["commit"])
     for case in report["cases"]:
         assert case["largest_objective"]["ours"] <= case["largest_objective"]["grid search"] + 1e-9
         assert case["times_faster"] > 0

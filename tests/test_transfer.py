@@ -109,7 +109,8 @@ def test_rows_have_names_that_an_engine_takes(transfer, named_models):
 def test_experts_are_asked_all_at_once_the_right_one_or_all_others(transfer, named_models):
     tasks = transfer.world.TASKS
     experts = {task: named_models(task) for task in tasks}
-    weights, limits = {"all four": (0.5, 1.0), "right one": (1.0,)}, {"all four": (4.0,), "right one": (2.0,)}
+    weights = {"all four": (0.5, 1.0), "right one": (1.0,), "other three": (0.25,)}
+    limits = {"all four": (4.0,), "right one": (2.0,), "other three": (8.0,)}
     rows = transfer.rows.expert_rows(experts, named_models("small"), weights, limits)
     settings = settings_of(rows)
     assert len(settings.networks) == 5  # S is subtracted from all, and loaded once
@@ -120,8 +121,9 @@ def test_experts_are_asked_all_at_once_the_right_one_or_all_others(transfer, nam
         assert asked["right one, weight 1"][task].weights == {task: 1.0}
         assert asked["right one, auto"][task].auto == (task,)
         assert set(asked["other three, auto"][task].auto) == set(tasks) - {task}
-        assert set(asked["other three, weight 1"][task].names) == set(tasks) - {task}
-        assert asked["other three, max_kl 4"][task].max_kl == 4
+        assert asked["other three, weight 0.25"][task].weights == dict.fromkeys(set(tasks) - {task}, 0.25)
+        assert asked["other three, max_kl 8"][task].max_kl == 8
+        assert asked["all four, max_kl 4"][task].max_kl == 4
         assert asked["right one, max_kl 2"][task].max_kl == 2
     assert asked["right one, auto"]["news"].auto == ("facts",)
 
