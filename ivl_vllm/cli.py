@@ -1,10 +1,12 @@
 """The command line `ivl`. Each command imports what it needs when it runs, so that help is quick."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from ivl_vllm.training.ivl_config import own_version
 from ivl_vllm.vocab.command import add_arguments
 
 _TRAIN_DESCRIPTION = """\
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="ivl",
         description="Inverse Value Learning: train small value networks, serve them beside big bases in vLLM.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {own_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train a value network (ivl train --help)", add_help=False)
     map_vocab = commands.add_parser("map-vocab", help="tie a value network's vocabulary to another base's")
@@ -38,10 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect = commands.add_parser("inspect", help="tell what a value network's folder holds and how to serve it")
     inspect.add_argument("folder", metavar="FOLDER", help="folder of a value network or of any causal LM")
     trace = commands.add_parser("trace", help="draw a trace: generated text, coloured by how far it was steered")
-    trace.add_argument("file", metavar="FILE", help="trace_file of an engine (JSON lines)")
+    trace.add_argument("file", metavar="FILE", type=os.path.expanduser, help="trace_file of an engine (JSON lines)")
     trace.add_argument("--tokenizer", required=True, metavar="BASE", help="folder or hub id of the base")
     trace.add_argument("--name", nargs="+", metavar="NAME", help="traces to draw (default: all in the file)")
-    trace.add_argument("-o", "--output", required=True, metavar="OUT", help="picture to write: OUT.html or OUT.png")
+    trace.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        type=os.path.expanduser,
+        help="picture to write: OUT.html or OUT.png",
+    )
     words = list(sys.argv[1:] if argv is None else argv)
     # Split off first: argparse would take the flags of `train` for its own.
     known, rest = (words[:1], words[1:]) if words[:1] == ["train"] else (words, [])
@@ -49,18 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             return _train(rest)
-        if arguments.command == "map-vocab":
-            return _map_vocab(arguments)
-        if arguments.command == "trace":
-            return _trace(arguments)
-        return _inspect(arguments.folder)
+        with _user_errors():
+            {"map-vocab": _map_vocab, "trace": _trace, "inspect": _inspect}[arguments.command](arguments)
+        return 0
     except _InputError as error:
-        print(f"ivl {arguments.command}: error: {error}", file=sys.stderr)
+        print(f"ivl {arguments.command}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
 
 
 class _InputError(Exception):
-    """A `ValueError` that speaks to the user; one from inside a training step keeps its traceback."""
+    """An error that speaks to the user; one from inside a training step keeps its traceback."""
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise _InputError(error) from error
 
 
 def _train(words: list[str]) -> int:
@@ -76,10 +92,11 @@ def _train(words: list[str]) -> int:
     from ivl_vllm.training.saving import TrainingDivergedError
 
     try:
-        run = prepare(words)
-    except ValueError as error:
+        with _user_errors():
+            run = prepare(words)
+    except _InputError:
         _leave_processes()
-        raise _InputError(error) from error
+        raise
     status = 0
     try:
         run.run()
@@ -119,35 +136,23 @@ def _train_help(everything: bool = False) -> None:
     ).print_help()
 
 
-def _map_vocab(arguments: argparse.Namespace) -> int:
+def _map_vocab(arguments: argparse.Namespace) -> None:
     from ivl_vllm.vocab.command import run
 
-    try:
-        run(arguments)
-    except ValueError as error:
-        raise _InputError(error) from error
-    return 0
+    run(arguments)
 
 
-def _trace(arguments: argparse.Namespace) -> int:
+def _trace(arguments: argparse.Namespace) -> None:
     from ivl_vllm.trace_view import draw
 
-    try:
-        draw(arguments.file, arguments.tokenizer, arguments.name, arguments.output)
-    except ValueError as error:
-        raise _InputError(error) from error
+    draw(arguments.file, arguments.tokenizer, arguments.name, arguments.output)
     print(f"wrote {arguments.output}")
-    return 0
 
 
-def _inspect(folder: str) -> int:
+def _inspect(arguments: argparse.Namespace) -> None:
     from ivl_vllm.training.inspect_folder import describe
 
-    try:
-        print(describe(folder))
-    except ValueError as error:
-        raise _InputError(error) from error
-    return 0
+    print(describe(arguments.folder))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def find_folder(name: str | Path) -> Path | None:
+    """The folder `name`, with `~` expanded; None for what can only be an id on the hub.
+
+    Raises:
+        ValueError: It can be neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if str(name).startswith((".", "/", "~")) or not HUB_ID.fullmatch(str(name)):
+        raise ValueError("no such folder; give the folder of a model, or its id on the hub")
+    return None
+
 
 def read_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id in transformers' own format.
 
     Raises:
-        OSError: There is none.
-        ValueError: There is none that transformers can make.
+        ValueError: There is no such folder, no tokenizer in it, or none that can be read; says why in one line.
     """
+    folder = find_folder(name)
     from transformers import AutoTokenizer
     from transformers.models.auto import tokenization_auto
 
@@ -23,4 +40,11 @@ def read_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     # Releases that do not know the argument would write it into what they save.
     is_known = hasattr(tokenization_auto, "_use_mistral_format")
     options = {"mistral_format": False} if is_known else {}
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code, **options)
+    # Broken files give KeyError, TypeError and, from Rust, bare Exception too.
+    except Exception as error:
+        if folder and not any(folder.glob("tokenizer*")):
+            raise ValueError("the folder has no tokenizer") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"its tokenizer cannot be read ({reason})") from error

@@ -19,7 +19,15 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 if [ "$build" = cpu ] && [ "$version" != 3.11 ]; then
   echo "The pinned CPU build wants Python 3.11, $python is $version: set PYTHON to a 3.11 interpreter" >&2; exit 2
 fi
+# pip takes one build of vLLM and torch for the other, so nothing of another build may stay.
+installed=$(cut -d' ' -f1 $stamp 2>/dev/null || true)
+if [ "${installed:-$build}" != "$build" ]; then
+  echo "Removing .venv: it holds the $installed build, and the $build build is wanted"
+  python=$(readlink -f "$(command -v "$python")")  # it may be that of .venv
+  rm -rf .venv
+fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
+echo "$build unfinished" > $stamp
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 echo "Installing into .venv ($build build of vLLM; a few minutes the first time)"
 

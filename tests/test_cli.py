@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from test_training import make_model, make_tokenizer, next_letter_rows, write_rows
@@ -22,6 +23,44 @@ def test_help_names_the_commands(capsys):
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert "train" in out and "inspect" in out and "map-vocab" in out
+
+
+def test_version_is_the_installed_one(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"ivl {metadata.version('ivl-vllm')}\n"
+
+
+TRACED = {
+    "trace": "a",
+    "request": "r",
+    "position": 0,
+    "token_before": None,
+    "draft": False,
+    "base_token": 5,
+    "token": 6,
+    "weights": {"math": 1.0},
+    "kl": 0.5,
+}
+
+
+def test_trace_reads_a_tilde_as_home_and_tells_a_missing_folder(tokenizers, capsys, monkeypatch):
+    root = tokenizers["root"]
+    monkeypatch.setenv("HOME", str(root))
+    (root / "trace.jsonl").write_text(json.dumps(TRACED) + "\n")
+    words = ["trace", "~/trace.jsonl", "-o", "~/trace.html", "--tokenizer"]
+    assert cli.main([*words, "~/base"]) == 0
+    assert (root / "trace.html").is_file()
+    for absent in ("~/absent", "/nosuch"):
+        assert cli.main([*words, absent]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and absent in err and "no such folder; give the folder of a model, or" in err
+
+
+def test_an_error_of_several_lines_is_told_in_one(capsys):
+    assert cli.main(["inspect", "no\nfolder"]) == 2
+    assert capsys.readouterr().err.startswith("ivl inspect: error: no folder: no such folder")
 
 
 def test_train_help_is_complete_and_loads_no_torch():
@@ -192,14 +231,39 @@ def test_map_vocab(tokenizers, tmp_path, capsys, method, input, unmapped):
     assert out.splitlines()[-1] == f"written to {output}"
 
 
+def test_map_vocab_reads_a_tilde_as_home(tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tokenizers["root"]))
+    (tokenizers["root"] / "text.txt").write_text("\n".join(TEXT))
+    words = ["--base=~/base", "--value=~/value", "--output=~/map.safetensors", "--corpus=~/text.txt"]
+    assert cli.main(["map-vocab", *words]) == 0
+    VocabMap.load(tokenizers["root"] / "map.safetensors").check(tokenizers["base"], tokenizers["value"], "the map")
+
+
+def test_an_output_that_cannot_be_made_is_told_before_the_work(tokenizers, capsys, monkeypatch):
+    monkeypatch.setattr("ivl_vllm.vocab.command._load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+    root = tokenizers["root"]
+    assert cli.main(["map-vocab", f"--base={root}/base", f"--value={root}/value", "--output=/proc/m.safetensors"]) == 2
+    assert "--output /proc: nothing can be written there (" in capsys.readouterr().err
+
+
 def test_map_vocab_refuses_in_one_line(tokenizers, tmp_path, capsys):
     root = tokenizers["root"]
     (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "half.jsonl").write_text('{"text": "whole"}\n{"text": ["a", "b\\ud800c"]}\n')
     good = {"--base": root / "base", "--value": root / "value", "--output": tmp_path / "map.safetensors"}
     for changes, message in (
-        ({"--base": tmp_path / "absent"}, "--base .*absent: no tokenizer there"),
-        ({"--value": tmp_path}, "--value .*: no tokenizer there"),
+        (
+            {"--base": tmp_path / "absent"},
+            "--base .*absent: no tokenizer could be loaded: no such folder; give the folder of",
+        ),
+        ({"--value": tmp_path}, "--value .*: no tokenizer could be loaded: the folder has no tokenizer"),
         ({"--output": tmp_path}, "--output .*: give the name of a file"),
+        (
+            {"--output": "/proc/map.safetensors"},
+            "--output /proc: nothing can be written there .*; choose another folder",
+        ),
+        ({"--base": "~/absent"}, "--base ~/absent: no tokenizer could be loaded: no such folder; give the folder of"),
+        ({"--corpus": tmp_path / "half.jsonl"}, r"--corpus .*half.jsonl, line 2: '\\ud800' is half a character"),
         ({"--output": tmp_path / "no" / "map"}, "--output .*: give the name of a file in a folder that exists"),
         ({"--method": "aligned"}, "--method aligned learns from text"),
         ({"--corpus": tmp_path / "absent.txt"}, "--corpus .*absent.txt: no such file"),

@@ -265,7 +265,7 @@ def test_curves_are_drawn_linked_and_inspected(family, tmp_path, capsys):
     (checkpoint,) = output.glob("checkpoint-*")
     assert cli.main(["inspect", str(checkpoint)]) == 0
     assert "at step 12" in capsys.readouterr().out
-    (checkpoint / "training_log.json").write_text("{}")
+    (checkpoint / "training_log.json").write_text("[3]")
     assert cli.main(["inspect", str(checkpoint)]) == 2
     assert "holds no list of log entries" in capsys.readouterr().err
 

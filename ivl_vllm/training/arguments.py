@@ -6,10 +6,40 @@ all the others.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from ivl_vllm.training.ivl_config import BASE_MIXES, NORM_POSITIONS, NORMS, SCHEMES
+
+# The smallest number that each of these takes.
+_LEAST = {
+    "norm_weight": 0,
+    "base_noise": 0,
+    "loss_chunk": 1,
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "logging_steps": 0,
+}
+
+
+def check_numbers(settings: Any) -> None:
+    """Refuse NaN in any field of a dataclass of settings, and what `_LEAST` does not allow.
+
+    Raises:
+        ValueError: Names the flag, its value, and what is expected.
+    """
+    for known in fields(settings):
+        value, least = getattr(settings, known.name), _LEAST.get(known.name)
+        is_nan, is_number = value != value, isinstance(value, (int, float))
+        if is_nan or (least is not None and not (is_number and least <= value < math.inf)):
+            flag = " ".join([f"--{known.name}", *(f"({alias})" for alias in known.metadata.get("aliases", ()))])
+            expected = "a number" if least is None else f"a finite number from {least} up"
+            raise ValueError(f"{flag} is {value}; expected {expected}")
 
 
 @dataclass
@@ -135,14 +165,9 @@ class ValueArguments:
             # argparse checks flags, nobody the YAML file.
             if (given := getattr(self, name)) not in words:
                 raise ValueError(f"--{name} is {given!r}; expected {', '.join(words[:-1])} or {words[-1]}")
-        if not math.isfinite(self.norm_weight) or self.norm_weight < 0:
-            raise ValueError(f"--norm_weight (--lambda) is {self.norm_weight}; expected a finite number from 0 up")
+        check_numbers(self)
         if not math.isfinite(self.base_temperature) or self.base_temperature <= 0:
             raise ValueError(f"--base_temperature is {self.base_temperature}; expected a finite number above 0")
-        if not math.isfinite(self.base_noise) or self.base_noise < 0:
-            raise ValueError(f"--base_noise is {self.base_noise}; expected a finite number that is not negative")
-        if self.loss_chunk < 1:
-            raise ValueError(f"--loss_chunk is {self.loss_chunk}; expected at least 1")
         if self.cache_base and self.scheme != "residual":
             raise ValueError(
                 f"--cache_base keeps the base at answer tokens alone, and --scheme {self.scheme} reads it at every "

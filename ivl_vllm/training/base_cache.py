@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, TrainerCallback
 
-from ivl_vllm.training.folders import new_file_mode
+from ivl_vllm.training.folders import check_writable, new_file_mode
 from ivl_vllm.training.frozen_bases import FrozenBases
 
 META_NAME = "base_cache.json"
@@ -45,8 +45,7 @@ class BaseCache:
         if len(bases.models) != 1:
             raise ValueError("--cache_base keeps one base's hidden states; leave --more_bases out")
         self.folder, self._bases, self._shard_bytes = Path(folder).expanduser(), bases, shard_bytes
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--cache_base {folder}: a file is in the way")
+        check_writable(self.folder, "--cache_base")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_meta({"format_version": FORMAT_VERSION, "base": fingerprint(bases.models[0]), "dtype": dtype})
         self._pending: dict[str, torch.Tensor] = {}

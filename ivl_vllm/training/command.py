@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import trl
 from ivl_vllm.training import curves, models
 from ivl_vllm.training.base_cache import fingerprint
 from ivl_vllm.training.data import read_examples, split_examples, to_dataset
-from ivl_vllm.training.folders import UNFINISHED, list_checkpoints
+from ivl_vllm.training.folders import UNFINISHED, check_writable, list_checkpoints
 from ivl_vllm.training.frozen_bases import load_more_bases
-from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
-from ivl_vllm.training.lora import add_lora
+from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig, own_version
+from ivl_vllm.training.lora import add_lora, warn_rank
 from ivl_vllm.training.model_card import Card, serve_command
 from ivl_vllm.training.parsing import parse
 from ivl_vllm.training.preparation import Limits, check_packing
@@ -85,6 +84,8 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     init_name = models.locate_model(value_args.init, flag) if value_args.init else base_name
     more_names = [models.locate_model(name, "--more_bases") for name in value_args.more_bases or ()]
     output = _check_output(args.output_dir, (base_name, init_name, *more_names))
+    if value_args.cache_base:  # here too, before anything is loaded
+        check_writable(Path(value_args.cache_base).expanduser(), "--cache_base")
     args.resume_from_checkpoint = _check_checkpoint(output, args.resume_from_checkpoint)
     train, held_out = split_examples(read_examples(value_args.data, "--data"), value_args.eval_fraction, args.seed)
     if value_args.eval_data:
@@ -132,6 +133,8 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
         check_shapes(value, Path(args.resume_from_checkpoint), "--init_config" if value_args.init_config else flag)
     plain = value
     if value_args.lora_rank:
+        if args.process_index == 0:
+            warn_rank(value, value_args.lora_rank)
         value = add_lora(value, value_args.lora_rank, args.seed)
 
     config = IVLConfig(
@@ -289,15 +292,15 @@ def _check_checkpoint(output: Path, name: str | None) -> str | None:
         if not found:
             raise ValueError(f"--resume {name}: there is no checkpoint in {output}")
         return str(found[-1])
-    if not (Path(name) / "trainer_state.json").is_file():
+    path = Path(name).expanduser()
+    if not (path / "trainer_state.json").is_file():
         raise ValueError(f"--resume {name}: no such checkpoint (a folder with trainer_state.json)")
-    return name
+    return str(path)
 
 
 def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
     output = Path(name).expanduser()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {name}: a file is in the way")
+    check_writable(output, "--output")
     if str(output.resolve()) in inputs:
         raise ValueError(
             f"--output {name}: that is the folder of --base, --init or --more_bases, which would be overwritten"
@@ -315,12 +318,8 @@ def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
 def _versions() -> dict[str, str]:
     import torch
 
-    try:
-        own = metadata.version("ivl-vllm")
-    except metadata.PackageNotFoundError:
-        own = "source tree"
     return {
-        "ivl-vllm": own,
+        "ivl-vllm": own_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,

@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ivl_vllm.training.files import read_json
+
 LOG_NAME = "training_log.json"
 PNG_NAME = "curves.png"
 SHOWN = ("loss", "ce", "norm")
+_CURVES = (*SHOWN, *(f"eval_{name}" for name in SHOWN))
 
 Curve = tuple[list[int], list[float]]
 
@@ -23,7 +26,7 @@ def read_curves(history: list[dict[str, Any]]) -> dict[str, Curve]:
         never logged are left out.
     """
     curves: dict[str, Curve] = {}
-    for name in (*SHOWN, *(f"eval_{name}" for name in SHOWN)):
+    for name in _CURVES:
         points = [(entry["step"], entry[name]) for entry in history if name in entry and "step" in entry]
         if points:
             steps, values = zip(*points, strict=True)
@@ -86,12 +89,12 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         ValueError: The file is no list of log entries.
     """
     path = folder / LOG_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+    content = read_json(path, list) or []
+    if not all(isinstance(entry, dict) for entry in content):
         raise ValueError(f"{path} holds no list of log entries")
-    return [{name: value for name, value in entry.items() if value is not None} for entry in content]
+    entries = [{name: value for name, value in entry.items() if value is not None} for entry in content]
+    for number, entry in enumerate(entries, 1):
+        for name in ("step", *_CURVES):
+            if not isinstance(entry.get(name, 0), (int, float)):
+                raise ValueError(f"{path}: {name} of entry {number} is {entry[name]!r}; expected a number")
+    return entries

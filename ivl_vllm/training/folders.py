@@ -7,11 +7,33 @@ no loader accepts a folder, goes first and comes last, so that old and new files
 
 import os
 import shutil
+import tempfile
 import uuid
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
 PREFIX = "checkpoint-"
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder that is none, or that nothing can be written to; one that is not there yet is not made.
+
+    Args:
+        folder: The folder.
+        flag: The flag that it came from, for the message.
+
+    Raises:
+        ValueError: Names the flag and the reason.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{flag} {folder}: a file is in the way; choose another folder")
+        with tempfile.TemporaryDirectory(dir=next(path for path in (folder, *folder.parents) if path.exists())):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder"
+        ) from error
 
 
 def new_file_mode(folder: Path) -> int:

@@ -1,12 +1,12 @@
 """`ivl inspect`: what a folder is, read from its files without loading a weight."""
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ivl_vllm.training.curves import PNG_NAME, last_values, read_log
+from ivl_vllm.training.files import read_header, read_json
 from ivl_vllm.training.ivl_config import IVLConfig
 from ivl_vllm.training.model_card import serve_command
 
@@ -23,8 +23,8 @@ def describe(folder: str | Path) -> str:
         Text with one `name  value` pair a line, and the command that serves it.
 
     Raises:
-        ValueError: No such folder, or one that holds no causal LM, no safetensors, or a broken
-            `ivl_config.json` or `training_log.json`.
+        ValueError: No such folder, or one that holds no causal LM, no safetensors, not all of
+            them, or a file that is broken.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -61,15 +61,14 @@ def describe(folder: str | Path) -> str:
 
 
 def _read_architecture(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    content = read_json(path / "config.json")
+    if content is None:
         hint = "; a LoRA adapter must be merged first" if (path / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{path}: no config.json, so this is no model folder{hint}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}/config.json is no JSON: {error}") from error
-    text = content.get("text_config", content)
-    name = (content.get("architectures") or [content.get("model_type", "unknown")])[0]
+        raise ValueError(f"{path}: no config.json, so this is no model folder{hint}")
+    text = content.get("text_config")
+    text = text if isinstance(text, dict) else content
+    names = content.get("architectures") or content.get("model_type", "unknown")
+    name = str(names[0] if isinstance(names, list) else names)
     layers, hidden = text.get("num_hidden_layers", text.get("n_layer")), text.get("hidden_size", text.get("n_embd"))
     if not isinstance(text.get("vocab_size"), int):
         raise ValueError(f"{path}/config.json has no vocab_size, so this is no causal LM")
@@ -79,24 +78,32 @@ def _read_architecture(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path) -> tuple[int, list[str]]:
-    """Count parameters from the safetensors headers: 8 bytes of length, then JSON of dtypes and shapes."""
-    files = sorted(path.glob("model*.safetensors"))
+    """Count parameters from the headers of all files, which must be there and whole."""
+    files = {file.name for file in path.glob("model*.safetensors")} | _read_index(path)
     if not files:
         raise ValueError(f"{path}: no model*.safetensors; weights in other formats are not read")
+    if missing := sorted(name for name in files if not (path / name).is_file()):
+        count = f"{len(missing)} of {len(files)}"
+        raise ValueError(f"{path}: {count} weight files are missing, first {missing[0]}; fetch the model again")
     parameters, dtypes = 0, Counter()
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(min(size, file.stat().st_size)))
-            for name, tensor in header.items():
-                if name != "__metadata__":
-                    count = math.prod(tensor["shape"])
-                    parameters += count
-                    dtypes[_NAMES.get(tensor["dtype"], tensor["dtype"])] += count
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is no safetensors file") from error
+    for name in sorted(files):
+        for dtype, shape in read_header(path / name).values():
+            count = math.prod(shape)
+            parameters += count
+            dtypes[_NAMES.get(dtype, dtype)] += count
     return parameters, [name for name, _ in dtypes.most_common()]
+
+
+def _read_index(path: Path) -> set[str]:
+    """The files that the index of a model in several files names."""
+    index = path / "model.safetensors.index.json"
+    content = read_json(index)
+    if content is None:
+        return set()
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    return set(places.values())
 
 
 def _check_fingerprint(path: Path, config: IVLConfig) -> str:
@@ -106,8 +113,8 @@ def _check_fingerprint(path: Path, config: IVLConfig) -> str:
     short = f"{config.vocabulary_fingerprint[:16]}…"
     try:
         tokenizer = read_tokenizer(path)
-    except (OSError, ValueError):
-        return f"{short}, not checked: the folder has no tokenizer"
+    except ValueError as error:
+        return f"{short}, not checked: {error}"
     if vocabulary_fingerprint(tokenizer) == config.vocabulary_fingerprint:
         return f"{short}, ok"
     return f"{short}, MISMATCH with the tokenizer in the folder"

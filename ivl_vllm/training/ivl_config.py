@@ -3,8 +3,11 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ivl_vllm.training.files import read_json
 
 CONFIG_NAME = "ivl_config.json"
 # Version 1 had none of the fields from `norm_positions` to `base_noise`; their defaults are what it meant.
@@ -121,16 +124,9 @@ class IVLConfig:
             ValueError: The file is no JSON object, lacks a field, has an unknown one, or a field is out of range.
         """
         path = Path(folder) / CONFIG_NAME
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        content = read_json(path)
+        if content is None:
             return None
-        try:
-            content: Any = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds no JSON object")
         # Before all else: a later layout has fields that are unknown here, and its version is the thing to name.
         version = content.get("format_version")
         if version not in range(1, FORMAT_VERSION + 1):
@@ -146,6 +142,14 @@ class IVLConfig:
             return cls(**content)
         except ValueError as error:
             raise ValueError(f"{path.parent}/{error}") from error
+
+
+def own_version() -> str:
+    """The version of this package that is installed."""
+    try:
+        return metadata.version("ivl-vllm")
+    except metadata.PackageNotFoundError:
+        return "source tree"
 
 
 def _is_number(value: Any) -> bool:

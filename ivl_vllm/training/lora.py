@@ -35,6 +35,17 @@ def add_lora(model: "PreTrainedModel", rank: int, seed: int) -> Any:
     return get_peft_model(model, config)
 
 
+def warn_rank(model: "PreTrainedModel", rank: int) -> None:
+    """Print a warning where an adapter of this rank is larger than what it adapts."""
+    hidden = getattr(model.config.get_text_config(), "hidden_size", None)
+    if isinstance(hidden, int) and rank > hidden:
+        print(
+            f"warning: --lora_rank {rank} is above the value network's hidden size of {hidden}, so the adapter is "
+            "larger than the weights that it changes; lower it, or leave it out to train all weights",
+            flush=True,
+        )
+
+
 def is_lora(model: torch.nn.Module) -> bool:
     """Whether `model` carries an adapter; imports PEFT for none that does not."""
     if not hasattr(model, "peft_config"):

@@ -20,8 +20,8 @@ def serve_command(base: str, value: str | Path, takes: Sequence[str] = ()) -> st
     """
     settings = json.dumps({"ivl": {"value_model": str(value)}})
     files = {"chat-template": f"{value}/chat_template.jinja", "generation-config": str(value)}
-    more = "".join(f" --{name} {shlex.quote(files[name])}" for name in takes)
-    return f"vllm serve {base} --logits-processor ivl --additional-config '{settings}'{more}"
+    words = ["vllm", "serve", base, "--logits-processor", "ivl", "--additional-config", settings]
+    return shlex.join([*words, *(word for name in takes for word in (f"--{name}", files[name]))])
 
 
 @dataclass(frozen=True)

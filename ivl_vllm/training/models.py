@@ -1,7 +1,6 @@
 """Loading the frozen base, the value network and their tokenizer, with every mismatch told before training starts."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from transformers import (
     set_seed,
 )
 
-from ivl_vllm.tokenizer import read_tokenizer
+from ivl_vllm.tokenizer import HUB_ID, find_folder, read_tokenizer
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def locate_model(name: str, flag: str) -> str:
@@ -34,14 +31,15 @@ def locate_model(name: str, flag: str) -> str:
     Raises:
         ValueError: No such folder, a folder without `config.json`, or a hub id that the hub does not give out.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = find_folder(name)
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: {error}") from error
+    if path:
         if not (path / "config.json").is_file():
             hint = " (a LoRA adapter: merge it first)" if (path / "adapter_config.json").is_file() else ""
             raise ValueError(f"{flag} {name}: the folder has no config.json, so it is no model{hint}")
         return str(path.resolve())
-    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise ValueError(f"{flag} {name}: no such folder; give the folder of a model, or its id on the hub")
     _ask_hub(name, flag)
     return name
 
@@ -97,8 +95,8 @@ def load_tokenizer(name: str, flag: str, trust_remote_code: bool = False) -> Pre
 def _any_tokenizer(name: str, flag: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return read_tokenizer(name, trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {_first_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {error}") from error
 
 
 def read_chat_template(name: str, trust_remote_code: bool = False) -> str:
@@ -109,8 +107,11 @@ def read_chat_template(name: str, trust_remote_code: bool = False) -> str:
     """
     flag, path = "--chat_template_path", Path(name).expanduser()
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    if not path.is_dir() and (path.suffix in (".jinja", ".j2") or not _HUB_ID.fullmatch(name)):
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{flag} {name}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    if not path.is_dir() and (path.suffix in (".jinja", ".j2") or not HUB_ID.fullmatch(name)):
         raise ValueError(f"{flag} {name}: no such file; give a .jinja file, or a tokenizer's folder or hub id")
     tokenizer = _any_tokenizer(str(path) if path.is_dir() else name, flag, trust_remote_code)
     if tokenizer.chat_template is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -88,7 +89,9 @@ def parse(argv: Sequence[str]) -> tuple[ValueArguments, TrainerArguments]:
     parser = _Parser((ValueArguments, TrainerArguments), prog="ivl train")
     parser.check_flags(words)
     if "--config" in words:
-        parser.config = _check_config(words[words.index("--config") + 1 :])
+        place = words.index("--config") + 1
+        words[place : place + 1] = map(os.path.expanduser, words[place : place + 1])
+        parser.config = _check_config(words[place:])
     try:
         value_args, args, surplus = parser.parse_args_and_config(words, return_remaining_strings=True)
     except OSError as error:

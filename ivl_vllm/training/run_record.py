@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ivl_vllm.training.arguments import ValueArguments
+from ivl_vllm.training.files import read_header
 from ivl_vllm.training.ivl_config import IVLConfig
 
 RECORD_NAME = "ivl_run.json"
@@ -157,13 +157,11 @@ def check_shapes(value: PreTrainedModel, folder: Path, flag: str) -> None:
             raise ValueError(f"--resume {folder}: its {name} is {old}, and that of {flag} is {new}; {fix}")
     own = {name: list(tensor.shape) for name, tensor in value.state_dict().items()}
     for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118, as it is no dictionary
-                shape = weights.get_slice(name).get_shape()
-                if name in own and shape != own[name]:
-                    raise ValueError(
-                        f"--resume {folder}: its {name} has the shape {shape}, and that of {flag} {own[name]}; {fix}"
-                    )
+        for name, (_, shape) in read_header(file).items():
+            if name in own and shape != own[name]:
+                raise ValueError(
+                    f"--resume {folder}: its {name} has the shape {shape}, and that of {flag} {own[name]}; {fix}"
+                )
 
 
 def _hash_file(path: Path) -> str:

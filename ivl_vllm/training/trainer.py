@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ivl_vllm.training.arguments import CommonArguments
+from ivl_vllm.training.arguments import CommonArguments, check_numbers
 from ivl_vllm.training.base_cache import BaseCache, FlushCache
 from ivl_vllm.training.chunked_loss import CHUNK
 from ivl_vllm.training.frozen_bases import FrozenBases
@@ -30,6 +30,7 @@ class TrainerArguments(CommonArguments, SFTConfig):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("--output is missing: the folder for the trained value network")
+        check_numbers(self)
         check_launch(self.fsdp)
         self.use_cpu = self.use_cpu or needs_cpu()
         has_gpu = torch.cuda.is_available() and not self.use_cpu

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ivl_vllm.training.folders import check_writable
 from ivl_vllm.vocab import INPUTS, METHODS, UNMAPPED
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--base", required=True, metavar="BASE", help="base: folder with a tokenizer, or a hub id")
     parser.add_argument("--value", required=True, metavar="VALUE", help="value network: the same")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the map, a .safetensors file")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", type=os.path.expanduser, help="the map, a .safetensors file"
+    )
     parser.add_argument(
         "--method",
         choices=METHODS,
@@ -59,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus",
         metavar="FILE",
+        type=os.path.expanduser,
         help="text, a line each, or .jsonl: learnt from by aligned, and weighs the printed coverage",
     )
 
@@ -72,6 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ValueError(f"--output {output}: give the name of a file in a folder that exists")
+    check_writable(output.absolute().parent, "--output")
     if arguments.corpus is not None and not os.path.isfile(arguments.corpus):
         raise ValueError(f"--corpus {arguments.corpus}: no such file")
 
@@ -93,8 +98,5 @@ def _load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
 
     try:
         return read_tokenizer(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{flag} {name}: no tokenizer there; give a folder that has one, or a hub id ({reason})"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {error}") from error

@@ -20,7 +20,8 @@ def read_corpus(corpus: str | Path | Iterable[str]) -> Iterator[str]:
             "role"; of any other file each line is a text.
 
     Raises:
-        ValueError: The file cannot be read, is not UTF-8, or a line of a `.jsonl` file is no JSON; names file and line.
+        ValueError: The file cannot be read, is not UTF-8, or a line of a `.jsonl` file is no JSON or holds half a
+            character; names file and line.
     """
     for text in _read_file(Path(corpus)) if isinstance(corpus, str | Path) else corpus:
         for start in range(0, len(text), _LONGEST):
@@ -42,13 +43,20 @@ def _read_file(path: Path) -> Iterator[str]:
                 number += 1
                 if path.suffix == ".jsonl":
                     if line.strip():
-                        yield from _strings(json.loads(line))
+                        texts = list(_strings(json.loads(line)))
+                        "".join(texts).encode()
+                        yield from texts
                 else:
                     yield line
     except OSError as error:
         raise ValueError(f"--corpus {path}: cannot be read ({error.strerror}); give a text or .jsonl file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--corpus {path}: not UTF-8 after line {number}; convert it to UTF-8") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(
+            f"--corpus {path}, line {number}: {half!r} is half a character (a lone surrogate); mend or remove it"
+        ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"--corpus {path}, line {number}: no JSON ({error}); mend it or name the file .txt") from error
 
