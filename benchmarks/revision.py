@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def revision() -> dict[str, str]:
-    """Today's date, and the commit checked out: with a `+` where files differ from it; "unknown" without git."""
+    """Today's date, and the commit: with a `+` where files other than results differ from it; "unknown" without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
         commit = git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
