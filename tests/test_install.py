@@ -43,24 +43,28 @@ def install(tmp_path):
 
 def test_the_same_build_installs_once_and_again_into_the_same_venv_when_its_inputs_change(install):
     status, out, calls = install("cpu")
-    assert status == 0 and "Removing" not in out and any("cpu.txt" in call for call in calls)
+    assert status == 0 and "Moving" not in out and any("cpu.txt" in call for call in calls)
     (install.venv / "mine").touch()
     assert install("cpu") == (0, "", [])
     install.inputs.write_text("# changed")
     status, out, calls = install("cpu")
-    assert status == 0 and "Removing" not in out and calls
+    assert status == 0 and "Moving" not in out and calls
     assert (install.venv / "mine").exists()
 
 
 @pytest.mark.parametrize("broken", ["", "1"])
 @pytest.mark.parametrize(("first", "then"), [("cpu", "gpu"), ("gpu", "cpu")])
-def test_another_build_starts_from_an_empty_venv(install, first, then, broken):
+def test_another_build_has_a_venv_of_its_own(install, first, then, broken):
     """Even where the first one was not finished: what it had installed is as much in the way."""
     assert (install(first, BREAK=broken)[0] != 0) == bool(broken)
     (install.venv / "mine").touch()
     status, out, calls = install(then)
     assert status == 0 and any(f"{then}.txt" in call for call in calls)
-    assert out.splitlines()[0] == f"Removing .venv: it holds the {first} build, and the {then} build is wanted"
+    moved = f"Moving .venv to .venv-{first}: it holds the {first} build, and the {then} build is wanted"
+    assert out.splitlines()[0] == moved
     assert not (install.venv / "mine").exists()
     assert os.readlink(install.venv / "bin" / "python").endswith("/bin/python3.11")
     assert install(then) == (0, "", [])
+    status, out, calls = install(first)
+    assert status == 0 and (install.venv / "mine").exists()
+    assert bool(calls) == bool(broken)  # what was whole needs nothing
