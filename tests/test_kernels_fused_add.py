@@ -124,6 +124,27 @@ def test_tensors_of_inference_mode():
         assert ivl_kernels.value_add(logits, torch.ones(2, 3), torch.ones(2)).tolist() == [[1.0] * 3] * 2
 
 
+@pytest.mark.parametrize("way", ["numba", "torch"])
+@pytest.mark.parametrize("index", [[0, 1], [1, 0]], ids=["run", "scattered"])
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+def test_no_gradient_flows_through_it(monkeypatch, way, index, logits_dtype):
+    """But a gradient that needs the logits as they were is refused, as after every operation in place."""
+    if way == "torch":
+        monkeypatch.setattr(value_add_module, "load_fused", lambda: None)
+    logits = torch.zeros(2, 3, dtype=logits_dtype)
+    factor = torch.ones((), requires_grad=True)
+    kept = (factor * logits).sum()
+    value, weights = torch.ones(2, 3), torch.ones(2)
+    ivl_kernels.value_add(logits, value, weights, row_index=torch.tensor(index))
+    assert logits.tolist() == [[1.0] * 3] * 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    given = [part.clone().requires_grad_() for part in (logits, value, weights)]
+    ivl_kernels.value_add(*given, row_index=torch.tensor(index))
+    assert given[0].tolist() == [[2.0] * 3] * 2
+    assert given[0].is_leaf
+
+
 def test_any_default_device():
     with torch.device("meta"):
         logits = torch.zeros(1, 4, device="cpu")

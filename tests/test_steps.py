@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from parity import create
+from tiny import make_model
 from vllm.v1.worker import gpu_worker
 
 import ivl_vllm
+from ivl_vllm.serving import network, solved_weights
+from ivl_vllm.serving.checks import check_engine
 from ivl_vllm.serving.network import no_logits
 from ivl_vllm.serving.steps import Steps, watch_steps
 
@@ -35,8 +38,6 @@ class Worker:
     def compile_or_warm_up_model(self):
         for _ in range(2):
             self.execute_model(scheduled("_warmup_0_"))
-        if self.vllm_config is None:
-            raise MemoryError
         return "compiled"
 
 
@@ -54,6 +55,14 @@ def test_all_networks_run_while_vllm_warms_up(models, monkeypatch):
     assert worker.seen == [None, None, frozenset()]
 
 
+def test_a_warm_up_that_fails_is_over(models):
+    steps = Steps.of(config(models))
+    with pytest.raises(MemoryError), steps.warming_up():
+        raise MemoryError
+    steps.begin(scheduled("0"))
+    assert steps.needed == frozenset()
+
+
 @pytest.mark.parametrize(
     "rows, columns, strides",
     [(1, 50_257, [50_257, 50_304]), (2, 50_257, [50_257]), (1, 32_000, [32_000])],
@@ -63,5 +72,40 @@ def test_kernels_are_compiled_for_every_stride_of_logits(rows, columns, strides)
     found = no_logits(rows, columns, torch.device("cpu"))
     assert [logits.stride(0) for logits in found] == strides
     assert all(logits.shape == (rows, columns) for logits in found)
-    padded = torch.zeros(rows, 50_304, dtype=torch.bfloat16)[:, :columns]
-    assert padded.float().stride(0) in [*strides, 50_304 if rows == 1 else strides[0]]
+    padded = torch.zeros(rows, -(-columns // 64) * 64, dtype=torch.bfloat16)[:, :columns]
+    assert padded.float().stride(0) == strides[-1]
+
+
+@pytest.mark.parametrize("most_rows", [4, 64])
+def test_solvers_are_compiled_for_the_strides_and_rows_of_steps(monkeypatch, most_rows):
+    """Differences are made without padding, beside logits that may have it."""
+    seen = set()
+
+    def note(logits, delta, *args, **kwargs):
+        seen.add((len(logits), logits.stride(0), delta.stride(0)))
+
+    monkeypatch.setattr(solved_weights, "choose_backend", lambda *_: "triton")
+    monkeypatch.setattr(solved_weights, "trust_region_weights", note)
+    monkeypatch.setattr(solved_weights, "value_add", note)
+    settings = SimpleNamespace(networks=[], values={}, max_weight=1.0)
+    solved_weights.warm_up_solvers(settings, [], [], 100, torch.nn.Linear(1, 1), most_rows)
+    assert {(1, 100, 100), (1, 128, 100), (4, 100, 100)} <= seen
+    assert (64, 100, 100) in seen or most_rows < 64
+
+
+@pytest.mark.parametrize("hidden, stays", [(64, True), (160, False)])
+def test_a_buffer_as_wide_as_the_base_is_not_shared_with_a_wider_network(models, tmp_path, hidden, stays):
+    wide = make_model(tmp_path / "wide", seed=5, hidden=hidden, layers=1, heads=2)
+    found = create(models["base"], **ivl_vllm.engine_args(value_model=str(wide)))
+    found.compilation_config.pass_config.fuse_allreduce_rms = True
+    check_engine(found)
+    assert found.compilation_config.pass_config.fuse_allreduce_rms == stays
+
+
+def test_what_adds_value_logits_is_compiled_before_requests_come(monkeypatch):
+    called = []
+    monkeypatch.setattr(network, "load_fused", lambda: called.append(True))
+    made = network.Network.__new__(network.Network)
+    made.model = torch.nn.Linear(1, 1)
+    made.warm_up(4)
+    assert called

@@ -214,16 +214,16 @@ def warm_up_solvers(
     solved = SolvedWeights(settings, 1, device)
     pairs = [(name,) for name in solved.pairs]
     for count in warm_up_rows(most_rows):
-        nothing = torch.zeros(count, device=device)
+        delta, nothing = torch.zeros(count, base_columns, device=device), torch.zeros(count, device=device)
         for logits, rows in itertools.product(
             no_logits(count, base_columns, device), (None, torch.arange(count, device=device))
         ):
-            value_add(logits, logits, nothing, row_index=rows)  # weights are 0, so nothing is read or written
+            value_add(logits, delta, nothing, row_index=rows)  # weights are 0, so nothing is read or written
             # A row is solved alike however many there are. But value logits that are projected together lie behind each
             # other, and whether 16 bytes divide where the second ones begin depends on the rows: 8 of them always do.
-            if count not in (1, 8):
+            if count > 8:
                 continue
-            trust_region_weights(logits, logits.clone(), nothing, nothing, row_index=rows)
+            trust_region_weights(logits, delta, nothing, nothing, row_index=rows)
             for names in [*pairs, tuple(solved.pairs)] if len(pairs) > 1 else pairs:
                 hidden = Rows(network.no_hidden(count) for network in networks)
                 solved.fuse(logits, hidden, networks, groups, rows, nothing, names)

@@ -1,4 +1,4 @@
-"""`value_add` compiled by numba, one pass over each row: what runs on a CPU unless many threads share a large call.
+"""`value_add` compiled by numba, one pass over each row: what runs on a CPU for most calls, see `is_fused`.
 
 Torch needs a pass, and a call, for each of: are the products finite, multiply, gather, add.
 """

@@ -57,6 +57,7 @@ def lm_head_value_add(
     return lm_head_value_add_torch(logits, hidden, lm_head_weight, weights, row_index, vocab_map)
 
 
+@torch.no_grad()
 def lm_head_value_add_torch(
     logits: torch.Tensor,
     hidden: torch.Tensor,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
+from torch.autograd.graph import increment_version
 
 from ivl_kernels.checks import check_operands, choose_backend
 
@@ -39,6 +40,7 @@ def value_add(
     * A row with weight 0 or with a `row_index` outside `[0, rows)` is skipped: nothing of it is read, nothing written.
       So a caller may pad to a fixed number of rows with index -1, which keeps a captured CUDA graph valid.
     * `-inf` in `logits` stays `-inf`, whatever the weight's sign.
+    * No gradient flows through it.
     * A product `weight · value` that is not finite (a NaN or an infinity in either, or an overflow) contributes
       nothing: that column of that row stays as it is, and no other is touched.
 
@@ -79,11 +81,7 @@ def value_add_torch(
     `steered` is what `steered_rows` gave, from a caller who made `value_logits` for these rows alone and leaves them to
     be overwritten.
 
-    Where numba is installed and few threads share the work, `ivl_kernels.fused_add` does it. Else consecutive rows of
-    float32 logits, as where every row is steered, are multiplied and added in one operation. Others go one by one: the
-    second pass over a row finds it in the processor's cache, and no temporary grows with the batch. Logits of other
-    dtypes go in groups that stay in the cache. Temporaries never hold more numbers together than one of rows × columns,
-    value logits that are left here not counted, except where that is less than `SMALL`.
+    Where numba is installed, `ivl_kernels.fused_add` does what `is_fused` tells, torch's operations the rest.
     """
     is_owned = steered is not None
     fused = load_fused() if is_fused(logits, value_logits, weights, vocab_map) else None
@@ -92,11 +90,34 @@ def value_add_torch(
             row_index = torch.tensor(steered[0], device="cpu")
             weights = torch.tensor(steered[2], device="cpu", dtype=torch.float32)
         fused.add_fused(logits, value_logits, weights, row_index, vocab_map)
+        if not logits.is_inference():
+            increment_version(logits)  # as operations in place do, for those who kept `logits` for a gradient
         return logits
     rows, sources, factors = steered_rows(logits, weights, row_index) if steered is None else steered
+    with torch.no_grad():
+        add_rows(logits, value_logits, rows, sources, factors, vocab_map, is_owned)
+    return logits
+
+
+def add_rows(
+    logits: torch.Tensor,
+    value_logits: torch.Tensor,
+    rows: Sequence[int],
+    sources: Sequence[int],
+    factors: list[float],
+    vocab_map: torch.Tensor | None,
+    is_owned: bool,
+) -> None:
+    """Add the value rows `sources`, each times its factor, into `rows` of `logits`; owned ones are overwritten.
+
+    Consecutive rows of float32 logits, as where every row is steered, are multiplied and added in one operation. Others
+    go one by one: the second pass over a row finds it in the processor's cache, and no temporary grows with the batch.
+    Logits of other dtypes go in groups that stay in the cache. Temporaries never hold more numbers together than one of
+    rows × columns, value logits that are owned not counted, except where that is less than `SMALL`.
+    """
     base_width, width = logits.shape[1], value_logits.shape[1]
     if not (rows and base_width and width):
-        return logits
+        return
     changed, columns = logits, None
     if vocab_map is not None:
         columns = Columns(vocab_map)
@@ -111,7 +132,6 @@ def value_add_torch(
         targets, values = row_views(changed, rows), row_views(value_logits, sources)
         for target, value, factor in zip(targets, values, factors, strict=True):
             add_row(target, value, factor, columns)
-    return logits
 
 
 def is_fused(
