@@ -75,7 +75,11 @@ class _InputError(Exception):
 def _user_errors() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError) as error:
+    except ValueError as error:
+        raise _InputError(error) from error
+    except OSError as error:
+        if error.filename is None:  # no file's fault: a pipe that was closed, a library that does not load
+            raise
         raise _InputError(error) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +19,8 @@ def find_folder(name: str | Path) -> Path | None:
     Raises:
         ValueError: It can be neither.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # which leaves unknown users as they are
+    if str(name) and path.is_dir():
         return path
     if str(name).startswith((".", "/", "~")) or not HUB_ID.fullmatch(str(name)):
         raise ValueError("no such folder; give the folder of a model, or its id on the hub")
@@ -44,7 +45,8 @@ def read_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
         return AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code, **options)
     # Broken files give KeyError, TypeError and, from Rust, bare Exception too.
     except Exception as error:
-        if folder and not any(folder.glob("tokenizer*")):
+        kinds = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "tekken.json")
+        if folder and not any(any(folder.glob(kind)) for kind in kinds):
             raise ValueError("the folder has no tokenizer") from error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise ValueError(f"its tokenizer cannot be read ({reason})") from error

@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,35 @@ def test_links_and_named_files_exist():
     assert links and named
     for path in [*links, *named]:
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"date": "2026-01-02", "commit": "0123456789+"}, "`x`, 2026-01-02, commit 0123456789+."),
+        ({"date": "2026-01-02", "commit": "unknown"}, "`x`, 2026-01-02."),
+        ({}, "`x`."),
+    ],
+)
+def test_figures_say_when_and_with_which_code_they_were_made(environment, told):
+    assert readme.made_by({"command": "x", **environment}) == told
+
+
+def test_a_commit_with_changes_is_marked(tmp_path):
+    """Whatever the change is, but new results are none."""
+    place = tmp_path / "benchmarks"
+    (place / "results").mkdir(parents=True)
+    shutil.copy(readme.ROOT / "benchmarks" / "revision.py", place)
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+
+    def commit() -> str:
+        return runpy.run_path(str(place / "revision.py"))["revision"]()["commit"]
+
+    (place / "results" / "new.json").touch()
+    clean = commit()
+    assert re.fullmatch("[0-9a-f]{10}", clean)
+    (place / "new.py").touch()
+    assert commit() == clean + "+"
+    shutil.rmtree(tmp_path / ".git")
+    assert commit() == "unknown"

@@ -44,8 +44,8 @@ class BaseCache:
     ) -> None:
         if len(bases.models) != 1:
             raise ValueError("--cache_base keeps one base's hidden states; leave --more_bases out")
-        self.folder, self._bases, self._shard_bytes = Path(folder).expanduser(), bases, shard_bytes
-        check_writable(self.folder, "--cache_base")
+        self.folder, self._bases, self._shard_bytes = Path(os.path.expanduser(folder)), bases, shard_bytes
+        check_writable(self.folder, "--cache_base", unless=META_NAME)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_meta({"format_version": FORMAT_VERSION, "base": fingerprint(bases.models[0]), "dtype": dtype})
         self._pending: dict[str, torch.Tensor] = {}

@@ -1,6 +1,7 @@
 """`ivl train`: arguments in, a checked and ready trainer, the trained folder out."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import transformers
 import trl
 
 from ivl_vllm.training import curves, models
-from ivl_vllm.training.base_cache import fingerprint
+from ivl_vllm.training.base_cache import META_NAME, fingerprint
 from ivl_vllm.training.data import read_examples, split_examples, to_dataset
 from ivl_vllm.training.folders import UNFINISHED, check_writable, list_checkpoints
 from ivl_vllm.training.frozen_bases import load_more_bases
@@ -85,7 +86,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     more_names = [models.locate_model(name, "--more_bases") for name in value_args.more_bases or ()]
     output = _check_output(args.output_dir, (base_name, init_name, *more_names))
     if value_args.cache_base:  # here too, before anything is loaded
-        check_writable(Path(value_args.cache_base).expanduser(), "--cache_base")
+        check_writable(Path(os.path.expanduser(value_args.cache_base)), "--cache_base", unless=META_NAME)
     args.resume_from_checkpoint = _check_checkpoint(output, args.resume_from_checkpoint)
     train, held_out = split_examples(read_examples(value_args.data, "--data"), value_args.eval_fraction, args.seed)
     if value_args.eval_data:
@@ -292,14 +293,14 @@ def _check_checkpoint(output: Path, name: str | None) -> str | None:
         if not found:
             raise ValueError(f"--resume {name}: there is no checkpoint in {output}")
         return str(found[-1])
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not (path / "trainer_state.json").is_file():
         raise ValueError(f"--resume {name}: no such checkpoint (a folder with trainer_state.json)")
     return str(path)
 
 
 def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
-    output = Path(name).expanduser()
+    output = Path(os.path.expanduser(name))
     check_writable(output, "--output")
     if str(output.resolve()) in inputs:
         raise ValueError(

@@ -7,6 +7,7 @@ just as it will be when the model is asked for it.
 
 import difflib
 import json
+import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def read_examples(path: str | Path, flag: str = "") -> list[Example]:
     Raises:
         ValueError: The file is missing, empty or not JSON lines, or a line lacks what it needs; with its number.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     where = f"{flag} {path}".lstrip()
     if path.is_dir():
         raise ValueError(f"{where} is a folder; expected one file of JSON lines")

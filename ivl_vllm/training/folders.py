@@ -15,12 +15,13 @@ UNFINISHED = ".unfinished"
 PREFIX = "checkpoint-"
 
 
-def check_writable(folder: Path, flag: str) -> None:
+def check_writable(folder: Path, flag: str, unless: str | None = None) -> None:
     """Refuse a folder that is none, or that nothing can be written to; one that is not there yet is not made.
 
     Args:
         folder: The folder.
         flag: The flag that it came from, for the message.
+        unless: A folder that holds a file of this name may be one that is only read.
 
     Raises:
         ValueError: Names the flag and the reason.
@@ -28,6 +29,8 @@ def check_writable(folder: Path, flag: str) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{flag} {folder}: a file is in the way; choose another folder")
+        if unless and (folder / unless).is_file():
+            return
         with tempfile.TemporaryDirectory(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             pass
     except OSError as error:

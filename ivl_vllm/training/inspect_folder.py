@@ -1,6 +1,7 @@
 """`ivl inspect`: what a folder is, read from its files without loading a weight."""
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def describe(folder: str | Path) -> str:
         ValueError: No such folder, or one that holds no causal LM, no safetensors, not all of
             them, or a file that is broken.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if not path.is_dir():
         raise ValueError(
             f"{folder}: no such folder; give the --output of ivl train, or the folder of "

@@ -1,6 +1,7 @@
 """Loading the frozen base, the value network and their tokenizer, with every mismatch told before training starts."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def read_chat_template(name: str, trust_remote_code: bool = False) -> str:
     Raises:
         ValueError: There is no such file or tokenizer, or it has no template.
     """
-    flag, path = "--chat_template_path", Path(name).expanduser()
+    flag, path = "--chat_template_path", Path(os.path.expanduser(name))
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
@@ -197,7 +198,7 @@ def build_value(
     Raises:
         ValueError: No such file, no causal LM's config, or a value in it that its class refuses.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     file = file / "config.json" if file.is_dir() else file
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

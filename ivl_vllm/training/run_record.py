@@ -6,6 +6,7 @@ trains, and what it logs, may change when it is resumed.
 
 import hashlib
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,9 +60,9 @@ class RunRecord:
         """
         settings = {name: getattr(args, name) for name in _COMPARED}
         settings.update(names, data=args.data, init_config=args.init_config, seed=seed)
-        contents = {**models, "data": _hash_file(Path(args.data).expanduser())}
+        contents = {**models, "data": _hash_file(Path(os.path.expanduser(args.data)))}
         if args.init_config:
-            path = Path(args.init_config).expanduser()
+            path = Path(os.path.expanduser(args.init_config))
             contents["init_config"] = _hash_file(path / "config.json" if path.is_dir() else path)
         return cls(settings, contents)
 
