@@ -3,77 +3,24 @@
 from __future__ import annotations
 
 import html
-import json
+import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+import sys
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from ivl_vllm.trace_file import Token, read_trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = 90
 MOST_PARTS = 8  # tokens that one character may be cut into, and to spare
-LEGEND = "red: KL from the base, full at {full:.2g} nats; underlined: not the base's own choice"
-
-
-class Token(NamedTuple):
-    """One generated token.
-
-    Attributes:
-        token: its id.
-        base_token: id of the token that the base would have liked best.
-        kl: nats between the steered distribution and the base's.
-        weights: name of the value -> weight.
-    """
-
-    token: int
-    base_token: int
-    kl: float
-    weights: dict[str, float]
-
-
-def read_trace(path: str) -> dict[str, list[Token]]:
-    """Name of the trace -> its tokens in order; requests that share a name get a number behind it.
-
-    A position that was computed more than once counts as it was the last time. The token at a position is what the line
-    of the next one says came before it. In the last step nobody says so: the likeliest after steering is taken there,
-    and drafts that are something else end the trace.
-
-    Raises:
-        ValueError: no such file, or a line that is none of a trace.
-    """
-    traces: dict[tuple[str, str], dict[int, tuple]] = {}
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                try:
-                    line = json.loads(text)
-                    tokens = *(line[key] for key in ("token", "base_token", "token_before", "draft")), float(line["kl"])
-                    tokens = *tokens, line["weights"]
-                    traces.setdefault((line["trace"], line["request"]), {})[int(line["position"])] = tokens
-                except (ValueError, TypeError, KeyError) as error:
-                    raise ValueError(f"{path}, line {number}: no line of a trace ({error!r})") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): give the engine's trace_file") from error
-    found: dict[str, list[Token]] = {}
-    alike, seen = Counter(name for name, _ in traces), Counter()
-    for (name, _), lines in traces.items():
-        seen[name] += 1
-        if alike[name] > 1:
-            name = f"{name} {seen[name]}"
-        found[name] = []
-        last = max((position for position, line in lines.items() if not line[3]), default=0)
-        for position in sorted(lines):
-            token, base_token, _, _, kl, weights = lines[position]
-            following = lines.get(position + 1)
-            before = None if following is None else following[2]
-            actual = before if position < last and before is not None else token
-            found[name].append(Token(actual, base_token, kl, weights))
-            if position >= last and before != actual:
-                break
-    return found
+MOST_TOKENS, MOST_ROWS = 10_000, 1_500  # of a PNG: some ten seconds, and the height that every matplotlib can draw
+RED, GREY = (214, 69, 65), (128, 128, 128)
 
 
 def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) -> None:
@@ -86,7 +33,8 @@ def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) ->
         output: where to; its ending says what.
 
     Raises:
-        ValueError: a file that cannot be read or written, an unknown name or ending, no tokenizer.
+        ValueError: a file that cannot be read or written, an unknown name or ending, no tokenizer or one that lacks the
+            tokens, too much for a PNG.
     """
     from ivl_vllm.tokenizer import read_tokenizer
 
@@ -102,22 +50,87 @@ def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) ->
         chosen |= {each: tokens for each, tokens in traces.items() if each in found}
     if not any(chosen.values()):
         raise ValueError(f"{path} has no trace: ask for one with a request's ;trace=NAME")
+    count = sum(map(len, chosen.values()))
+    if ending == ".png" and count > MOST_TOKENS:
+        raise _too_much(output, f"{count} tokens", MOST_TOKENS)
     try:
         decoder = read_tokenizer(tokenizer)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer is {tokenizer!r}: there is no tokenizer to load ({error})") from error
-    chosen = {name: _until(tokens, decoder.eos_token_id) for name, tokens in chosen.items()}
-    full = max(token.kl for tokens in chosen.values() for token in tokens) or 1.0
     try:
-        (_write_html if ending == ".html" else _write_png)(chosen, decoder, full, Path(output))
+        drawn = {name: _pieces(tokens, decoder) for name, tokens in chosen.items()}
+    except (IndexError, TypeError) as error:  # tokenizers in Python; those in Rust know no text for such a token
+        raise ValueError(f"--tokenizer is {tokenizer!r}: not that of {path}, it lacks a token ({error})") from error
+    pieces = [piece for each in drawn.values() for piece in each]
+    # What only the engine computed shall not pale the answer.
+    answer = (piece for piece in pieces if not piece.is_behind)
+    full = _largest(answer) or _largest(pieces) or 1.0
+    legend = [f"red: KL from the base, full at {full:.2g} nats; underlined: not the base's own choice"]
+    if any(piece.is_behind for piece in pieces):
+        legend.append("grey: behind the first end token, perhaps no part of the answer; the darker the larger the KL")
+    strange = sum(not math.isfinite(token.kl) for tokens in chosen.values() for token in tokens)
+    if strange:
+        legend.append(f"not finite: the KL of {strange} of the tokens, which give no colour")
+    try:
+        (_write_html if ending == ".html" else _write_png)(drawn, legend, full, Path(output))
     except OSError as error:
         raise ValueError(f"--output is {output!r}: cannot be written ({error.strerror})") from error
 
 
-def _until(tokens: list[Token], end: int | None) -> list[Token]:
-    """The tokens up to the end of the text: an engine may trace a few more before it knows."""
-    ends = [place for place, token in enumerate(tokens) if token.token == end]
-    return tokens[: ends[0] + 1] if ends else tokens
+def _too_much(output: str | Path, count: str, most: int) -> ValueError:
+    return ValueError(
+        f"--output is {str(output)!r}, but {count} are too many for a PNG (at most {most}): choose one request with "
+        "--name, or write .html"
+    )
+
+
+def _largest(found: Iterable[Token | _Piece]) -> float:
+    """The largest KL that is finite, 0 if there is none above."""
+    return max((each.kl for each in found if math.isfinite(each.kl) and each.kl > 0), default=0.0)
+
+
+class _Piece(NamedTuple):
+    """Text that is coloured as one: a token's, or that of several which only together are a character.
+
+    Attributes:
+        text: what is shown.
+        kl: the largest finite one of its tokens in nats, at least 0.
+        is_other: whether the base would have chosen otherwise at one of them.
+        is_behind: whether an end token came before. An engine traces a token or more before it knows of the end, and a
+            request with `ignore_eos` goes on; the file does not say which.
+        title: of each token a line with its weights, its KL and the base's choice.
+    """
+
+    text: str
+    kl: float
+    is_other: bool
+    is_behind: bool
+    title: str
+
+    def colour(self, full: float) -> tuple[tuple[int, int, int], float]:
+        """Of the background: red, green, blue of 0..255 and how opaque, 0..1."""
+        share = min(self.kl / full, 1.0)
+        return (GREY, 0.2 + 0.6 * share) if self.is_behind else (RED, share)
+
+
+def _pieces(tokens: Sequence[Token], decoder: PreTrainedTokenizerBase) -> list[_Piece]:
+    """A trace's tokens by what can be seen of them: those without text go with the next one that has some."""
+    groups: list[tuple[str, list[Token]]] = []
+    waiting: list[Token] = []
+    for token, text in zip(tokens, texts(tokens, decoder), strict=True):
+        waiting.append(token)
+        if text:
+            groups.append((text, waiting))
+            waiting = []
+    if waiting:
+        groups.append((" ", waiting))
+    pieces, is_behind = [], False
+    for text, group in groups:
+        is_other = any(token.token != token.base_token for token in group)
+        title = "\n".join(_told(token, decoder) for token in group)
+        pieces.append(_Piece(text, _largest(group), is_other, is_behind, title))
+        is_behind |= any(token.token == decoder.eos_token_id for token in group)
+    return pieces
 
 
 def texts(tokens: Sequence[Token], decoder: PreTrainedTokenizerBase) -> list[str]:
@@ -138,62 +151,99 @@ def texts(tokens: Sequence[Token], decoder: PreTrainedTokenizerBase) -> list[str
 
 
 def _told(token: Token, decoder: PreTrainedTokenizerBase) -> str:
-    weights = ", ".join(f"{name} {weight:.3g}" for name, weight in token.weights.items()) or "unsteered"
-    return f"{weights}; {token.kl:.3g} nats; the base: {decoder.decode([token.base_token])!r}"
+    weights = ", ".join(f"{name} {_number(weight)}" for name, weight in token.weights.items()) or "unsteered"
+    return f"{weights}; {_number(token.kl)} nats; the base: {decoder.decode([token.base_token])!r}"
 
 
-def _write_html(traces: dict[str, list[Token]], decoder: PreTrainedTokenizerBase, full: float, output: Path) -> None:
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else f"not finite ({value})"
+
+
+def _write_html(traces: dict[str, list[_Piece]], legend: list[str], full: float, output: Path) -> None:
     parts = [
         '<!doctype html><meta charset="utf-8"><title>ivl trace</title>',
         "<style>body{font:16px/1.7 monospace;margin:2em;max-width:70em}p{white-space:pre-wrap}</style>",
-        f"<p>{html.escape(LEGEND.format(full=full))}; hover for the weights</p>",
+        f"<p>{html.escape('; '.join(legend))}; hover for the weights</p>",
     ]
-    for name, tokens in traces.items():
+    for name, pieces in traces.items():
         parts.append(f"<h3>{html.escape(name)}</h3><p>")
-        for token, text in zip(tokens, texts(tokens, decoder), strict=True):
-            style = f"background:rgba(214,69,65,{token.kl / full:.3f})"
-            if token.token != token.base_token:
+        for piece in pieces:
+            (red, green, blue), alpha = piece.colour(full)
+            style = f"background:rgba({red},{green},{blue},{alpha:.3f})"
+            if piece.is_other:
                 style += ";text-decoration:underline"
-            title = html.escape(_told(token, decoder))
-            parts.append(f'<span style="{style}" title="{title}">{html.escape(text)}</span>')
+            text = html.escape(piece.text).replace("\n", "⏎\n")  # alone, the end of a line has no colour
+            parts.append(f'<span style="{style}" title="{html.escape(piece.title)}">{text}</span>')
         parts.append("</p>")
     output.write_text("".join(parts), encoding="utf-8")
 
 
-def _write_png(traces: dict[str, list[Token]], decoder: PreTrainedTokenizerBase, full: float, output: Path) -> None:
+def _write_png(traces: dict[str, list[_Piece]], legend: list[str], full: float, output: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:
         raise ValueError("a PNG needs matplotlib: pip install 'ivl-vllm[train]', or write .html") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.collections import PolyCollection
 
-    rows: list[list[tuple[int, str, Token | None]]] = []
-    for name, tokens in traces.items():
+    rows: list[list[tuple[int, str, _Piece | None]]] = []
+    for name, pieces in traces.items():
         rows += [[(0, name, None)], []]
         column = 0
-        for token, text in zip(tokens, texts(tokens, decoder), strict=True):
-            text = text.replace("\n", "⏎")
+        for piece in pieces:
+            text = piece.text.replace("\n", "⏎").replace("\t", "⇥")
             if column + len(text) > COLUMNS and column:
                 rows.append([])
                 column = 0
-            rows[-1].append((column, text, token))
+            rows[-1].append((column, text, piece))
             column += len(text)
-    figure, axes = plt.subplots(figsize=(COLUMNS * 0.1 + 0.5, len(rows) * 0.28 + 0.8))
-    axes.set(xlim=(0, COLUMNS), ylim=(len(rows), -1))
-    axes.axis("off")
-    axes.set_title(LEGEND.format(full=full), fontsize=8, loc="left")
-    for y, row in enumerate(rows):
-        for x, text, token in row:
-            font = {"family": "monospace", "fontsize": 10, "va": "center", "parse_math": False}
-            if token is None:
-                axes.text(x, y, text, weight="bold", **font)
-                continue
-            axes.axhspan(
-                y - 0.45, y + 0.45, x / COLUMNS, (x + len(text)) / COLUMNS, color="#d64541", alpha=token.kl / full, lw=0
-            )
-            axes.text(x, y, text, **font)
-            if token.token != token.base_token:
-                axes.plot([x, x + len(text)], [y + 0.4, y + 0.4], color="black", lw=0.8)
-    figure.savefig(output, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    if len(rows) > MOST_ROWS:
+        raise _too_much(output, f"{len(rows)} lines of text", MOST_ROWS)
+    shown = {character for row in rows for _, text, _ in row for character in text}
+    with warnings.catch_warnings():
+        # Said below, once and not for every character.
+        warnings.filterwarnings("ignore", r"Glyph \d|Matplotlib currently does not support")
+        figure, axes = plt.subplots(figsize=(COLUMNS * 0.1 + 0.5, len(rows) * 0.28 + 0.8))
+        axes.set(xlim=(0, COLUMNS), ylim=(len(rows), -1))
+        axes.axis("off")
+        axes.set_title("\n".join(legend), fontsize=8, loc="left")
+        boxes, colours, lines = [], [], []
+        for y, row in enumerate(rows):
+            for x, text, piece in row:
+                weight = "bold" if piece is None else "normal"
+                axes.text(x, y, text, weight=weight, family="monospace", fontsize=10, va="center", parse_math=False)
+                if piece is None:
+                    continue
+                end, (colour, alpha) = x + len(text), piece.colour(full)
+                boxes.append([(x, y - 0.45), (end, y - 0.45), (end, y + 0.45), (x, y + 0.45)])
+                colours.append((*(part / 255 for part in colour), alpha))
+                if piece.is_other:
+                    lines.append((y + 0.4, x, end))
+        axes.add_collection(PolyCollection(boxes, facecolors=colours, linewidths=0))
+        if lines:
+            axes.hlines(*zip(*lines, strict=True), color="black", lw=0.8)
+        figure.savefig(output, dpi=150, bbox_inches="tight")
+        plt.close(figure)
+    hard = shown - _drawable(shown)
+    if hard:
+        print(
+            f"warning: {output}: characters such as {min(hard)!r} ({len(hard)} in all) run from right to left or are "
+            f"not in matplotlib's font: the PNG shows them wrong, -o {output.with_suffix('.html')} right",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _drawable(characters: set[str]) -> set[str]:
+    """Those of the characters that matplotlib has in a monospaced font and that run from left to right."""
+    from matplotlib import font_manager, rcParams
+
+    found = set()
+    for family in rcParams["font.monospace"]:
+        try:
+            font = font_manager.findfont(family, fallback_to_default=False)
+        except ValueError:  # not installed
+            continue
+        found |= font_manager.get_font(font).get_charmap().keys()
+    return {c for c in characters if ord(c) in found and unicodedata.bidirectional(c) not in ("R", "AL")}

@@ -1,16 +1,16 @@
 """The trace of how far tokens were steered, from the engine's file to the picture."""
 
 import json
-import re
 
 import pytest
 import torch
 from parity import Request, engine, mismatches, run
 from solved_reference import SolvedReference
+from trace_lines import line
 
 import ivl_vllm
 from ivl_vllm.cli import main
-from ivl_vllm.trace_view import Token, read_trace, texts
+from ivl_vllm.trace_file import Token, read_trace
 
 PROMPT = list(range(20, 60))
 
@@ -69,36 +69,9 @@ def test_traces_of_every_kind_of_weight(models, tmp_path, capsys):
         assert main(["trace", str(path), "--tokenizer", str(models["base"]), "-o", str(picture)]) == 0
         assert picture.stat().st_size > 1000
     text = (tmp_path / "picture.html").read_text()
-    assert all(name in text for name in kinds) and text.count("<span") == 30
+    assert all(name in text for name in kinds) and text.count("; the base: ") == 30
     assert main(["trace", str(path), "--tokenizer", str(models["base"]), "--name", "who", "-o", "x.html"]) == 2
     assert "'who'" in capsys.readouterr().err
-
-
-def test_what_each_token_adds_to_the_text(kinds):
-    """Alone, first pieces of words lose their space, and parts of characters are no text."""
-    text = "The quick brown fox walked to Zürich, 中国 and 😀."
-    for name, tokenizer in kinds.items():
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        found = texts([Token(i, i, 0.0, {}) for i in ids], tokenizer)
-        assert "".join(found) == tokenizer.decode(ids), name
-        assert len(found) == len(ids) and sum(map(bool, found)) > 5
-        assert found != [tokenizer.decode([i]) for i in ids]
-
-
-def line(position, token, before, name="a", request="r", draft=False):
-    return json.dumps(
-        {
-            "trace": name,
-            "request": request,
-            "position": position,
-            "token_before": before,
-            "draft": draft,
-            "base_token": 1,
-            "token": token,
-            "weights": {"math": 1.0},
-            "kl": 0.5,
-        }
-    )
 
 
 def test_the_last_line_of_a_position_counts_and_the_next_one_tells_its_token(tmp_path):
@@ -125,36 +98,65 @@ def test_requests_of_one_name_are_kept_apart(tmp_path):
     assert {name: [token.token for token in tokens] for name, tokens in traces.items()} == {"a 1": [5, 6], "a 2": [8]}
 
 
-@pytest.mark.parametrize("name, drawn", [("a", ["a 1", "a 2"]), ("a 2", ["a 2"]), ("b", ["b"])])
-def test_a_name_stands_for_all_requests_that_shared_it(models, tmp_path, name, drawn):
-    path, picture = tmp_path / "trace.jsonl", tmp_path / "picture.html"
-    path.write_text("\n".join([line(0, 5, None), line(0, 8, None, request="s"), line(0, 3, None, "b")]))
-    assert main(["trace", str(path), "--tokenizer", str(models["base"]), "--name", name, "-o", str(picture)]) == 0
-    assert re.findall("<h3>(.*?)</h3>", picture.read_text()) == drawn
-
-
-@pytest.mark.parametrize("text", ["no json", "[]", "{}", line(0, 1, None).replace("0.5", '"x"')])
-def test_a_line_that_is_none_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("no json", "no JSON"),
+        ('{"trace": "a", ', "no JSON"),  # cut off, but more follows
+        ("[" * 100_000, "too deeply nested"),
+        ("[]", "no JSON object"),
+        ("{}", "has no 'trace'"),
+        (line(0, 1, None, kl="x"), "'kl' is 'x': expected a number"),
+        (line(0, 1, None, kl=None), "'kl' is None"),
+        (line(0, 1, None, kl=10**400), "'kl' is 1000"),
+        (line(0, "5", None), "'token' is '5': expected a whole number"),
+        (line(0, -1, None), "'token' is -1"),
+        (line(0, 10**30, None), "'token' is 1000"),
+        (line(0, 1.0, None), "'token' is 1.0"),
+        (line(0, 1, None, base_token=True), "'base_token' is True"),
+        (line(0, 1, "x"), "'token_before' is 'x'"),
+        (line(-1, 1, None), "'position' is -1"),
+        (line(0, 1, None, draft=None), "'draft' is None: expected true or false"),
+        (line(0, 1, None, weights=None), "'weights' is None: expected an object of names and numbers"),
+        (line(0, 1, None, weights=[1.0]), "'weights' is [1.0]"),
+        (line(0, 1, None, weights={"math": "1"}), "'weights' is {'math': '1'}"),
+        (line(0, 1, None, name=None), "'trace' is None: expected text"),
+        (line(0, 1, None, name=5), "'trace' is 5"),
+        (line(0, 1, None, name="\ud800"), "'trace' is '\\ud800'"),
+        (line(0, 1, None, request=[]), "'request' is []"),
+        (line(0, 1, None, name="ä").replace("\\u00e4", "ä"), "not UTF-8"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_line_that_is_none_is_named(tmp_path, capsys, text, told):
     path = tmp_path / "trace.jsonl"
-    path.write_text(line(0, 1, None) + "\n" + text + "\n")
+    path.write_text(line(0, 1, None) + "\n" + text + "\n" + line(1, 1, 1) + "\n", encoding="latin-1")
+    assert main(["trace", str(path), "--tokenizer", "unread", "-o", str(tmp_path / "x.html")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}, line 2: no line of a trace (" in error and told in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("cut", [1, 40, -2])
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path, capsys, cut):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(line(0, 5, None) + "\n\n  \n" + line(1, 6, 7)[:cut])
+    assert [token.token for token in read_trace(str(path))["a"]] == [5]
+    assert f"{path}, line 4, the last one, is cut off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("last", ["no trace", line(1, "x", 5)])
+def test_a_last_line_that_is_not_only_cut_off_is_named(tmp_path, last):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(line(0, 5, None) + "\n" + last)
     with pytest.raises(ValueError, match=r"trace\.jsonl, line 2: no line of a trace"):
         read_trace(str(path))
 
 
-@pytest.mark.parametrize(
-    "words, told",
-    [
-        (["FILE", "-o", "x.pdf"], "end it in .html or .png"),
-        (["/no/such/file", "-o", "x.png"], "cannot be read"),
-        (["FILE", "-o", "/no/such/folder/x.html"], "cannot be written"),
-    ],
-)
-def test_what_cannot_be_drawn_is_told(models, tmp_path, capsys, words, told):
+def test_blank_lines_are_none(tmp_path, capsys):
     path = tmp_path / "trace.jsonl"
-    path.write_text(line(0, 5, None))
-    words = [str(path) if word == "FILE" else word for word in words]
-    assert main(["trace", *words, "--tokenizer", str(models["base"])]) == 2
-    assert told in capsys.readouterr().err
+    path.write_text("\n" + line(0, 5, None) + "\n \n" + line(1, 6, 5) + "\n\n")
+    assert [token.token for token in read_trace(str(path))["a"]] == [5, 6]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_full_file_takes_no_more(tmp_path):
