@@ -131,7 +131,7 @@ def test_requests_of_one_name_are_kept_apart(tmp_path):
 def test_a_line_that_is_none_is_named(tmp_path, capsys, text, told):
     path = tmp_path / "trace.jsonl"
     path.write_text(line(0, 1, None) + "\n" + text + "\n" + line(1, 1, 1) + "\n", encoding="latin-1")
-    assert main(["trace", str(path), "--tokenizer", "unread", "-o", str(tmp_path / "x.html")]) == 2
+    assert main(["trace", str(path), "--tokenizer", "/unread", "-o", str(tmp_path / "x.html")]) == 2
     error = capsys.readouterr().err
     assert f"{path}, line 2: no line of a trace (" in error and told in error and error.count("\n") == 1
 
