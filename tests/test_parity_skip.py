@@ -147,6 +147,7 @@ def admit(extra_args, salt=None, resumable=False, **changes):
     class Config:
         additional_config: ClassVar = {"ivl": settings.to_dict(), "ivl_engine": {"fingerprint": "abc"}}
         parallel_config = SimpleNamespace(data_parallel_size=1)
+        compilation_config = SimpleNamespace(mode=0)
         kv_transfer_config = None
 
     config = Config()
