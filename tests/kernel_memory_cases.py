@@ -12,7 +12,7 @@ from kernel_cases import device, make_case
 
 @pytest.fixture(autouse=True)
 def no_numba(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("ivl_kernels.value_add"), "load_fused", lambda: None)
+    monkeypatch.setattr(importlib.import_module("ivl_kernels.value_add"), "load_compiled", lambda name: None)
 
 
 def peak_of(case) -> int:

@@ -5,10 +5,13 @@ import importlib
 import ivl_kernels
 import pytest
 import torch
+from ivl_kernels.checks import load_compiled
 from kernel_cases import FLOATS, KernelCases, check, make_case
 
+pytest.importorskip("numba", reason="the kernels work without it; CI has it")
 value_add_module = importlib.import_module("ivl_kernels.value_add")
-fused_add = pytest.importorskip("ivl_kernels.fused_add", reason="the kernels work without numba; CI has it")
+# Not skipped with numba: a fault in here would otherwise pass for a missing package.
+fused_add = importlib.import_module("ivl_kernels.fused_add")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="cases go to the GPU where there is one; CI has none")
 
@@ -23,6 +26,11 @@ def calls(monkeypatch) -> list:
 
 class TestFused(KernelCases):
     backend = "torch"
+
+
+def test_a_fault_of_ours_does_not_pass_for_a_missing_numba():
+    with pytest.raises(ModuleNotFoundError, match="ivl_kernels.nonsense"):
+        load_compiled("nonsense")
 
 
 def operands(logits=torch.float32, value=torch.float32, map_dtype=None, rows=2, columns=10, weights=torch.float32):
@@ -130,7 +138,7 @@ def test_tensors_of_inference_mode():
 def test_no_gradient_flows_through_it(monkeypatch, way, index, logits_dtype):
     """But a gradient that needs the logits as they were is refused, as after every operation in place."""
     if way == "torch":
-        monkeypatch.setattr(value_add_module, "load_fused", lambda: None)
+        monkeypatch.setattr(value_add_module, "load_compiled", lambda name: None)
     logits = torch.zeros(2, 3, dtype=logits_dtype)
     factor = torch.ones((), requires_grad=True)
     kept = (factor * logits).sum()

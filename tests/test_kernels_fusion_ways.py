@@ -235,8 +235,8 @@ import sys, numba
 from numba import config
 {broken}
 import ivl_kernels.torch_fusion
-from ivl_kernels.value_add import load_fused
-assert ivl_kernels.torch_fusion.fused_rows is load_fused() is None
+from ivl_kernels.checks import load_compiled
+assert ivl_kernels.torch_fusion.fused_rows is load_compiled("fused_add") is None
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 

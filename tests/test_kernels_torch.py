@@ -18,7 +18,7 @@ lm_head_module = importlib.import_module("ivl_kernels.lm_head_value_add")
 
 @pytest.fixture(autouse=True)
 def no_numba(monkeypatch):
-    monkeypatch.setattr(value_add_module, "load_fused", lambda: None)
+    monkeypatch.setattr(value_add_module, "load_compiled", lambda name: None)
 
 
 class TestTorch(KernelCases):

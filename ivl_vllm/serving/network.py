@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 from ivl_kernels import lm_head_value_add, value_add
-from ivl_kernels.checks import choose_backend
-from ivl_kernels.value_add import load_fused
+from ivl_kernels.checks import choose_backend, load_compiled
 from torch import nn
 from vllm import envs
 from vllm.config import ModelConfig
@@ -149,7 +148,7 @@ class Network:
         parameter = next(self.model.parameters())
         if choose_backend("auto", parameter.device) != "triton":
             if parameter.is_cpu:
-                load_fused()
+                load_compiled("fused_add")
             return
         for rows in warm_up_rows(max_rows):
             for logits in no_logits(rows, self._base_columns, parameter.device):

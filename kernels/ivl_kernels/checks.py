@@ -1,8 +1,10 @@
 """What both operations demand of their arguments. Nothing here reads a tensor's contents, except `check_vocab_map`."""
 
 import functools
+import importlib
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 
@@ -53,6 +55,24 @@ def is_interpreted() -> bool:
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def load_compiled(name: str) -> ModuleType | None:
+    """A module of this package that numba compiles, which takes seconds.
+
+    Args:
+        name: `"fused_add"` or `"fused_rows"`.
+
+    Returns:
+        The module, or None where numba is missing or does not work. A fault of the module itself is raised.
+    """
+    try:
+        importlib.import_module("ivl_kernels.compiler")
+    # Beside ImportError what numba and llvmlite raise where they do not fit each other, NumPy or the machine.
+    except (ImportError, OSError, SystemError, AttributeError, RuntimeError):
+        return None
+    return importlib.import_module(f"ivl_kernels.{name}")
 
 
 def check_vocab_map(vocab_map: torch.Tensor, num_value_columns: int, num_base_columns: int) -> torch.Tensor:

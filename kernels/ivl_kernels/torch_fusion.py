@@ -9,15 +9,12 @@ import math
 
 import torch
 
+from ivl_kernels.checks import load_compiled
 from ivl_kernels.fusion import LARGEST_DIFFERENCE
 from ivl_kernels.value_add import steered_rows
 from ivl_kernels.weight_search import LARGEST_EXPONENT, find
 
-try:
-    from ivl_kernels import fused_rows
-except Exception:  # no numba, or one that does not work here, in whatever way
-    fused_rows = None
-
+fused_rows = load_compiled("fused_rows")
 # Torch shares the columns of wider rows among threads; with this many (an estimate) it overtakes the one of numba.
 SHARED_WIDTH, MANY_THREADS = 32768, 8
 

@@ -1,14 +1,12 @@
 """`value_add`: add weighted value logits, which exist already, into base logits. The math, and the torch backend."""
 
-import functools
 import math
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch.autograd.graph import increment_version
 
-from ivl_kernels.checks import check_operands, choose_backend
+from ivl_kernels.checks import check_operands, choose_backend, load_compiled
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 # Calls for so many value logits, or by so few of torch's threads, go to numba's one pass, which has one thread; torch
@@ -84,7 +82,7 @@ def value_add_torch(
     Where numba is installed, `ivl_kernels.fused_add` does what `is_fused` tells, torch's operations the rest.
     """
     is_owned = steered is not None
-    fused = load_fused() if is_fused(logits, value_logits, weights, vocab_map) else None
+    fused = load_compiled("fused_add") if is_fused(logits, value_logits, weights, vocab_map) else None
     if fused is not None:
         if is_owned:
             row_index = torch.tensor(steered[0], device="cpu")
@@ -149,16 +147,6 @@ def is_fused(
         and (numbers <= FUSED_NUMBERS or torch.get_num_threads() <= FUSED_THREADS)
         and not (logits.requires_grad or value_logits.requires_grad or weights.requires_grad)
     )
-
-
-@functools.cache
-def load_fused() -> ModuleType | None:
-    """`ivl_kernels.fused_add`, which compiles for two seconds; None where numba is missing or does not work."""
-    try:
-        from ivl_kernels import fused_add
-    except Exception:
-        return None
-    return fused_add
 
 
 def add_run(logits: torch.Tensor, value_logits: torch.Tensor, row: int, source: int, factors: list[float]) -> None:
