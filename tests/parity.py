@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 ENGINE = {
     "dtype": "float32",
@@ -56,7 +56,9 @@ class Reference:
         self.maps = maps or {}
 
         def load(folder: Path) -> torch.nn.Module:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            sees = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+            kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
         self.base = load(base)
         self.values = {}
@@ -75,7 +77,7 @@ class Reference:
                 if name in self.maps:
                     joined += weight * sign * self._mapped(model, ids, self.maps[name], joined.shape[1])
                     continue
-                known = model.config.vocab_size
+                known = model.config.get_text_config().vocab_size
                 columns = min(known, joined.shape[1])
                 value = self._value_logits(model, inputs.clamp(max=known - 1), base, self.schemes.get(name, "residual"))
                 joined[:, :columns] += weight * sign * value[:, :columns]
@@ -102,7 +104,7 @@ class Reference:
         if scheme == "residual":
             return model(inputs).logits[0]
         embedding = model.get_input_embeddings()
-        columns = min(base.shape[1], model.config.vocab_size)
+        columns = min(base.shape[1], model.config.get_text_config().vocab_size)
         expected = base.softmax(-1)[:, :columns] @ embedding(torch.arange(columns))
         if scheme == "cascade+text":
             expected = expected + embedding(inputs[0])

@@ -90,7 +90,9 @@ def test_a_base_that_is_compiled_as_a_whole_runs_the_joined_forward():
 
 def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cache():
     """vLLM settles layout and size of the cache when the models are loaded; backends ask for them in every step."""
-    from ivl_vllm.serving.loader import _use_own_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    from ivl_vllm.serving.cached_layers import use_own_config
 
     class Backend:
         @staticmethod
@@ -107,8 +109,19 @@ def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cach
 
     engine = SimpleNamespace(model_config="base", cache_config=SimpleNamespace(layout=None, cache_dtype="fp8"))
     own = SimpleNamespace(model_config="value", cache_config=SimpleNamespace(layout=None, cache_dtype="auto"))
-    layer = SimpleNamespace(attn_backend=Backend)
-    _use_own_config(layer, own, "ivl_0")
+
+    class Layer(AttentionLayerBase):
+        attn_backend = Backend
+
+        def get_attn_backend(self):
+            return self.attn_backend
+
+        def get_kv_cache_spec(self, vllm_config):
+            return None
+
+    layer = Layer()
+    use_own_config(layer, own, "ivl_0")
+    assert layer.get_attn_backend() is layer.attn_backend is not Backend
     engine.cache_config.layout = "NHD"
     builder = layer.attn_backend.get_builder_cls()
     for seen in (builder(None, [], engine, "cpu").vllm_config, builder.get_cudagraph_support(engine, None)):

@@ -58,7 +58,10 @@ REFUSED = {
         {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
         ["'LMCacheConnectorV1'", "layers and heads of the base", "OffloadingConnector"],
     ),
-    "multimodal_value": ({"additional_config": {"ivl": {"value_model": "SOUNDS"}}}, ["multimodal", "text"]),
+    "states_beside_none": (
+        {"additional_config": {"ivl": {"value_model": "HYBRID"}}},
+        ["layers with a state", "GraniteMoeHybridForCausalLM", "use a transformer"],
+    ),
 }
 
 
@@ -74,6 +77,7 @@ def folders(tmp_path_factory):
     make_model(root / "OTHER", vocab_size=290, tokenizer=False)
     make_tokenizer(root / "OTHER", 290, ["entirely other words make entirely other merges " * 3])
     make_model(root / "BARE", vocab_size=400, tokenizer=False)
+    make_model(root / "HYBRID", "hybrid")
     (root / "EMPTY").mkdir()
     make_model(root / "PICKLED")
     (root / "PICKLED" / "model.safetensors").unlink()
@@ -119,9 +123,28 @@ def test_refused_at_start(models, folders, case):
         assert name in str(error.value)
 
 
-def test_a_multimodal_base_is_refused(models, folders):
-    with pytest.raises(ValueError, match="ivl: the base model .* is multimodal"):
-        create(folders / "SOUNDS", **ivl_vllm.engine_args(value_model=str(models["value"])))
+def test_a_multimodal_base_is_refused_but_in_text_only_mode(models, folders):
+    steered = ivl_vllm.engine_args(value_model=str(models["value"]))
+    with pytest.raises(ValueError, match="ivl: the base model .* is multimodal.*--language-model-only"):
+        create(folders / "SOUNDS", **steered)
+    assert create(folders / "SOUNDS", **steered, language_model_only=True).additional_config["ivl"]
+
+
+def test_states_of_another_kind_are_refused_where_they_are_copied():
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+    from vllm.model_executor.layers.mamba.short_conv import ShortConv
+
+    from ivl_vllm.serving.cached_layers import check_states
+
+    mamba, conv = (kind.__new__(kind) for kind in (MambaMixer2, ShortConv))
+    keeps, keeps_not = (
+        SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode=mode)) for mode in ("align", "none")
+    )
+    check_states([mamba], [mamba], keeps, "VALUE")
+    check_states([mamba], [object()], keeps, "VALUE")
+    check_states([mamba], [conv], keeps_not, "VALUE")
+    with pytest.raises(ValueError, match="'VALUE' .*SHORT_CONV.*MAMBA2.*--no-enable-prefix-caching"):
+        check_states([mamba], [conv], keeps, "VALUE")
 
 
 def test_the_executor_that_passes_the_worker_by_is_refused(models, monkeypatch):

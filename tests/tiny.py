@@ -13,10 +13,14 @@ from transformers import (
     GemmaForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PaddleOCRVLConfig,
+    PaddleOCRVLForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -79,7 +83,8 @@ def make_model(
     Args:
         folder: where it is written.
         kind: "llama", "mistral" (takes a sliding `window`), "gemma2" (takes it in every other layer, caps its logits),
-            "qwen2" (has biases, ties its embeddings), "granite" (scales its logits) or "gemma" (scales its embeddings).
+            "qwen2" (has biases, ties its embeddings), "granite" (scales its logits), "gemma" (scales its embeddings),
+            "hybrid" (every other layer is Mamba 2) or "multimodal" (sees images; its positions have three axes).
         seed: of its weights.
         hidden: width; the head size is `hidden // heads`.
         layers: depth.
@@ -120,6 +125,33 @@ def make_model(
         model = Gemma2ForCausalLM(config)
     elif kind == "granite":
         model = GraniteForCausalLM(GraniteConfig(**common, logits_scaling=2.0, attention_multiplier=0.2))
+    elif kind == "hybrid":
+        mamba = {"mamba_n_heads": 4, "mamba_d_head": hidden // 2, "mamba_d_state": 16, "mamba_chunk_size": hidden // 4}
+        dense = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 2 * hidden}
+        model = GraniteMoeHybridForCausalLM(
+            GraniteMoeHybridConfig(
+                **common | mamba | dense,
+                layer_types=(["mamba", "attention"] * layers)[:layers],
+                position_embedding_type="rope",
+                attention_multiplier=0.2,
+                logits_scaling=2.0,
+            )
+        )
+    elif kind == "multimodal":
+        # The axes' shares of a head size of 32.
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
+        seen = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+        model = PaddleOCRVLForConditionalGeneration(
+            PaddleOCRVLConfig(
+                text_config=common | rope | {"head_dim": hidden // heads, "tie_word_embeddings": True},
+                vision_config=seen | {"image_size": 28, "patch_size": 14},
+                image_token_id=vocab_size - 1,
+                video_token_id=vocab_size - 2,
+                vision_start_token_id=vocab_size - 3,
+                vision_end_token_id=vocab_size - 4,
+                tie_word_embeddings=True,
+            )
+        )
     else:
         raise ValueError(kind)
     if tokenizer:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import CacheConfig, LoadConfig, ModelConfig, VllmConfig, replace
+from vllm.config import LoadConfig, ModelConfig, VllmConfig, replace
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.offloader import NoopOffloader, get_offloader, set_offloader
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from ivl_vllm.plugin import ENGINE_KEY
+from ivl_vllm.serving.cached_layers import check_states, keep_whole_context, use_own_config
 from ivl_vllm.serving.checks import engine_settings
 from ivl_vllm.serving.joined_model import ValueRows, join
 from ivl_vllm.serving.network import Network
@@ -71,7 +70,7 @@ class IVLModelLoader(BaseModelLoader):
             networks.append(_load_network(vllm_config, source, networks, load_format))
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             for layer in vllm_config.compilation_config.static_forward_context.values():
-                _keep_whole_context(layer)
+                keep_whole_context(layer)
         drafter = vllm_config.speculative_config
         most_rows = vllm_config.scheduler_config.max_num_seqs * (1 + (drafter.num_speculative_tokens if drafter else 0))
         most_rows = min(most_rows, 512)  # kernels have the same shapes beyond
@@ -158,8 +157,10 @@ def _load_network(
         saved = share_equal_weights(model, [other.model for other in others])
         if saved:
             logger.info("ivl: value network %s: %.1f MiB are shared with others", source.model, saved / 2**20)
-    for name in layers.keys() - before:
-        _use_own_config(layers[name], config, prefix)
+    own = layers.keys() - before
+    check_states([layers[name] for name in before], [layers[name] for name in own], vllm_config, source.model)
+    for name in own:
+        use_own_config(layers[name], config, prefix)
     return Network(
         model,
         model_config,
@@ -204,66 +205,3 @@ def _kept_on_device() -> Iterator[None]:
         yield
     finally:
         set_offloader(offloader)
-
-
-def _keep_whole_context(layer: nn.Module) -> None:
-    """Gives a sliding-window layer the cache layout of full attention, so that one group holds all models' layers.
-
-    vLLM does so itself when its hybrid manager is off, but before 0.32 only if the window's block size, which the layer
-    chooses on its own, happens to be the engine's.
-    """
-    if getattr(layer, "sliding_window", None) is None:
-        return
-    own_spec = layer.get_kv_cache_spec
-
-    def get_kv_cache_spec(vllm_config: VllmConfig) -> KVCacheSpec | None:
-        spec = own_spec(vllm_config)
-        if type(spec) is not SlidingWindowSpec:
-            return spec
-        return FullAttentionSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            head_size_v=spec.head_size_v,
-            dtype=spec.dtype,
-            kv_quant_mode=spec.kv_quant_mode,
-            # The window itself is left out: a group takes no two different ones. Attention reads it from the layer.
-        )
-
-    layer.get_kv_cache_spec = get_kv_cache_spec
-
-
-class _OwnDtype:
-    """The engine's cache configuration, where vLLM settles layout and size bit by bit, with a network's dtype."""
-
-    def __init__(self, engines: CacheConfig, cache_dtype: str):
-        self._engines, self.cache_dtype = engines, cache_dtype
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # which `copy` asks for before there is an `_engines`
-            raise AttributeError(name)
-        return getattr(self._engines, name)
-
-
-def _use_own_config(layer: nn.Module, config: VllmConfig, prefix: str) -> None:
-    """Lets the attention metadata of a value network's layer be built from its own heads and dtype, not the base's."""
-    backend = getattr(layer, "attn_backend", None)
-    if backend is None:
-        return
-
-    def own(vllm_config: VllmConfig) -> VllmConfig:
-        found = copy.copy(config)
-        found.cache_config = _OwnDtype(vllm_config.cache_config, config.cache_config.cache_dtype)
-        return found
-
-    class Builder(backend.get_builder_cls()):
-        def __init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs):
-            super().__init__(kv_cache_spec, layer_names, own(vllm_config), *args, **kwargs)
-
-        @classmethod
-        def get_cudagraph_support(cls, vllm_config, *args, **kwargs):
-            return super().get_cudagraph_support(own(vllm_config), *args, **kwargs)
-
-    # vLLM groups layers by the name of their backend: one name for each network, the same for all its layers.
-    members = {"get_builder_cls": staticmethod(lambda: Builder), "__module__": __name__}
-    layer.attn_backend = type(f"{prefix}_{backend.__name__}", (backend,), members)

@@ -90,7 +90,8 @@ class Network:
 
         Args:
             input_ids: int `[tokens]`.
-            positions: int `[tokens]`.
+            positions: int `[tokens]`, or `[axes, tokens]` where the base takes those of images (M-RoPE): all the same
+                in text.
             base_hidden: `[tokens, hidden of the base]`, read by cascade value networks.
             base_logits: the base's output projection, likewise.
         """
@@ -101,6 +102,8 @@ class Network:
             ids = input_ids.clamp(max=self._last_id)
         if self._expected is not None:
             embeds = self._expected(base_hidden, ids, base_logits)
+        if positions.dim() == 2:
+            positions = positions[0]
         if embeds is not None:
             ids, embeds = None, self._embeds.hold(embeds)
         elif ids is not input_ids:

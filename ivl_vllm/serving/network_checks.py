@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.logger import init_logger
+from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.settings import NetworkSource
@@ -67,6 +68,7 @@ def network_config(vllm_config: VllmConfig, network: str) -> ModelConfig:
             seed=base.seed,
             # vLLM turns compilation off for the whole engine when any of its models is eager, and the other way round.
             enforce_eager=base.enforce_eager,
+            language_model_only=True,
             skip_tokenizer_init=True,
         )
     except (ValueError, OSError) as error:
@@ -103,10 +105,10 @@ def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource) -
     if value.runner_type != "generate":
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
     check_text_only(value, what)
-    if value.is_hybrid or value.is_attention_free:
+    if _has_states(value) and not _has_states(base):
         raise ValueError(
-            f"ivl: {what} ({', '.join(value.architectures)}) has layers that are no attention, for which vLLM prepares "
-            "the base's cache only: use a transformer"
+            f"ivl: {what} ({', '.join(value.architectures)}) has layers with a state (Mamba, linear attention), for "
+            "which vLLM makes room only if the base has some too: use a transformer, or such a base"
         )
     if value.max_model_len < base.max_model_len:
         raise ValueError(
@@ -123,6 +125,10 @@ def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource) -
             f"a vocab_map ({source.vocab_map!r}): use one that was trained with the residual scheme"
         )
     _check_vocab_map(base, value, source.vocab_map, what)
+
+
+def _has_states(model: ModelConfig) -> bool:
+    return model.is_hybrid or model.is_attention_free
 
 
 def fingerprint(sources: Iterable[NetworkSource]) -> str:
@@ -151,10 +157,14 @@ def check_text_only(model: ModelConfig, what: str) -> None:
     """
     if model.is_encoder_decoder:
         raise ValueError(f"ivl: {what} is an encoder-decoder model: use a decoder-only language model")
-    if model.is_multimodal_model:
+    if hasattr(model, "supports_multimodal_inputs"):
+        reads_more = model.supports_multimodal_inputs
+    else:  # vLLM before 0.32
+        reads_more = MULTIMODAL_REGISTRY.supports_multimodal_inputs(model)
+    if reads_more:
         raise ValueError(
             f"ivl: {what} is multimodal ({', '.join(model.architectures)}), and a value network reads token ids only: "
-            "use a text model"
+            "start with --language-model-only, or use a text model"
         )
 
 

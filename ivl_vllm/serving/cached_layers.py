@@ -1,0 +1,117 @@
+"""The layers of a model that keep something for later tokens (keys and values, or a state), and their cache layout."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from vllm.config import CacheConfig, VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+
+
+def keep_whole_context(layer: nn.Module) -> None:
+    """Gives a sliding-window layer the cache layout of full attention, so that one group holds all models' layers.
+
+    vLLM does so itself when its hybrid manager is off, but before 0.32 only if the window's block size, which the layer
+    chooses on its own, happens to be the engine's.
+    """
+    if getattr(layer, "sliding_window", None) is None:
+        return
+    own_spec = layer.get_kv_cache_spec
+
+    def get_kv_cache_spec(vllm_config: VllmConfig) -> KVCacheSpec | None:
+        spec = own_spec(vllm_config)
+        if type(spec) is not SlidingWindowSpec:
+            return spec
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            head_size_v=spec.head_size_v,
+            dtype=spec.dtype,
+            kv_quant_mode=spec.kv_quant_mode,
+            # The window itself is left out: a group takes no two different ones. Attention reads it from the layer.
+        )
+
+    layer.get_kv_cache_spec = get_kv_cache_spec
+
+
+class _OwnDtype:
+    """The engine's cache configuration, where vLLM settles layout and size bit by bit, with a network's dtype."""
+
+    def __init__(self, engines: CacheConfig, cache_dtype: str):
+        self._engines, self.cache_dtype = engines, cache_dtype
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # which `copy` asks for before there is an `_engines`
+            raise AttributeError(name)
+        return getattr(self._engines, name)
+
+
+def use_own_config(layer: nn.Module, config: VllmConfig, prefix: str) -> None:
+    """Lets the attention metadata of a value network's layer be built from its own heads and dtype, not the base's."""
+    if not isinstance(layer, AttentionLayerBase):
+        return
+    backend = layer.get_attn_backend()
+
+    def own(vllm_config: VllmConfig) -> VllmConfig:
+        found = copy.copy(config)
+        found.cache_config = _OwnDtype(vllm_config.cache_config, config.cache_config.cache_dtype)
+        return found
+
+    class Builder(backend.get_builder_cls()):
+        def __init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs):
+            super().__init__(kv_cache_spec, layer_names, own(vllm_config), *args, **kwargs)
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config, *args, **kwargs):
+            return super().get_cudagraph_support(own(vllm_config), *args, **kwargs)
+
+    # vLLM groups layers by the name of their backend: one name for each network, the same for all its layers.
+    members = {"get_builder_cls": staticmethod(lambda: Builder), "__module__": __name__}
+    own_backend = type(f"{prefix}_{backend.__name__}", (backend,), members)
+    layer.get_attn_backend = lambda: own_backend
+    if hasattr(layer, "attn_backend"):  # layers with a state (Mamba, linear attention) have none
+        layer.attn_backend = own_backend
+    if isinstance(layer, MambaBase):
+        _use_own_page(layer)
+
+
+def _use_own_page(layer: MambaBase) -> None:
+    """Lets a network's states be larger than the base's pages, to which vLLM pads those of all layers."""
+    own_spec = layer.get_kv_cache_spec
+
+    def get_kv_cache_spec(vllm_config: VllmConfig) -> KVCacheSpec | None:
+        spec = own_spec(vllm_config)
+        unpadded = dataclasses.replace(spec, page_size_padded=None)
+        # vLLM then makes the others' pages as large.
+        return unpadded if unpadded.page_size_bytes > (spec.page_size_padded or 0) else spec
+
+    layer.get_kv_cache_spec = get_kv_cache_spec
+
+
+def check_states(base: Iterable[nn.Module], own: Iterable[nn.Module], config: VllmConfig, network: str) -> None:
+    """Refuses a network whose states vLLM could not copy, which it does where cached prefixes end.
+
+    Args:
+        base: layers of the base, from which vLLM takes how states are copied.
+        own: layers of the network.
+        config: of the engine.
+        network: its folder or hub id.
+
+    Raises:
+        ValueError: names the kinds and the fix.
+    """
+    kinds, known = ({layer.mamba_type for layer in layers if isinstance(layer, MambaBase)} for layers in (own, base))
+    if config.cache_config.mamba_cache_mode == "align" and kinds - known:
+        names = " and ".join(sorted(kind.name for kind in kinds - known))
+        raise ValueError(
+            f"ivl: the value network {network!r} has states of another kind ({names}) than the base "
+            f"({' and '.join(sorted(kind.name for kind in known))}), and vLLM copies the base's kind only: start with "
+            "--no-enable-prefix-caching"
+        )

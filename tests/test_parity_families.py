@@ -1,0 +1,72 @@
+"""Bases that are more than attention over text: token-identical to the reference."""
+
+import pytest
+from parity import Reference, Request, assert_parity, engine, metric, random_requests, run
+from tiny import make_model
+
+import ivl_vllm
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {
+        "hybrid": make_model(root / "hybrid", "hybrid", seed=21, layers=4),
+        # Its states are larger than the pages in which vLLM keeps the base's.
+        "large_states": make_model(root / "large_states", "hybrid", seed=22, hidden=128, heads=4),
+        "small_states": make_model(root / "small_states", "hybrid", seed=23, hidden=32, heads=1),
+        "multimodal": make_model(root / "multimodal", "multimodal", seed=24, layers=3),
+        "multimodal_value": make_model(root / "multimodal_value", "multimodal", seed=25, layers=1),
+    }
+
+
+def test_layers_with_a_state(families, models):
+    """A base with Mamba layers, beside value networks with such layers and without."""
+    values = {
+        "math": {"model": str(families["large_states"])},
+        "style": {"model": str(families["small_states"]), "minus": str(models["value"])},
+    }
+    reference = Reference(
+        families["hybrid"], math=families["large_states"], style=(families["small_states"], models["value"])
+    )
+    requests = random_requests(24, seed=31, names=("math", "style"), longest=120, last_arrival=4)
+    for request in requests:
+        request.params["max_tokens"] = 40  # beyond the end of a block
+    prompt = [token for request in requests for token in request.prompt][:135]
+    for number, weights in enumerate([{}, {}, {"math": 1.0}, {"math": -0.5}]):
+        requests.append(Request(prompt, weights, weights or ..., {"max_tokens": 5}, arrives=100 + 20 * number))
+    with engine(
+        families["hybrid"],
+        **ivl_vllm.engine_args(values=values),
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=44,
+        disable_log_stats=False,
+    ) as llm:
+        assert llm.llm_engine.vllm_config.cache_config.mamba_cache_mode == "align"  # prefixes are kept
+        outputs = run(llm, requests)
+        preempted = metric(llm, "vllm:num_preemptions")
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        builders = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
+    assert_parity(reference, requests, outputs)
+    assert any(len(r.prompt) - o.num_cached_tokens > 64 for r, o in zip(requests, outputs))  # in pieces
+    assert sum(o.num_cached_tokens for o in outputs) > 0
+    assert preempted > 0
+    # Each model's metadata are made for its own chunks.
+    assert {builder.chunk_size for builder in builders if hasattr(builder, "chunk_size")} == {8, 16, 32}
+
+
+def test_text_only_mode_of_multimodal_models(families, models):
+    """Such a base hands out positions with one row for each axis of an image."""
+    values = {"math": {"model": str(models["value"])}, "style": {"model": str(families["multimodal_value"])}}
+    reference = Reference(families["multimodal"], math=models["value"], style=families["multimodal_value"])
+    requests = random_requests(60, seed=32, names=("math", "style"))
+    with engine(
+        families["multimodal"],
+        **ivl_vllm.engine_args(values=values),
+        language_model_only=True,
+        max_num_batched_tokens=32,
+    ) as llm:
+        assert llm.llm_engine.vllm_config.model_config.uses_mrope
+        outputs = run(llm, requests)
+    assert_parity(reference, requests, outputs)
+    assert sum(o.num_cached_tokens for o in outputs) > 0
