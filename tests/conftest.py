@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -6,8 +7,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import parity  # noqa: F401  (sets vLLM's environment before any test imports vLLM)
+import torch
 from benchmark_tools import transfer_modules
 from tiny import VOCAB, make_model
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two processes, which is what two cores feed and memory holds; engines on a GPU want it for themselves."""
+    return 0 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ ON_V2 = {
 def assert_all_pass(cases: str, count: int, variables: dict[str, str] | None = None) -> None:
     """Runs a file of this folder, or one test of it: exactly `count` tests pass, none fails or is left out."""
     environment = os.environ | (variables or {})
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / cases)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--numprocesses", "0", str(HERE / cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-6000:]
     counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
