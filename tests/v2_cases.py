@@ -174,6 +174,20 @@ def test_preemption(models):
     assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
 
 
+def test_layers_with_a_state(tmp_path):
+    """Mamba layers in the base and in the value network, whose states are larger; prefixes are kept and found."""
+    base = make_model(tmp_path / "base", "hybrid", seed=21)
+    value = make_model(tmp_path / "value", "hybrid", seed=22, hidden=128, heads=4)
+    requests = random_requests(10, seed=31, longest=120, last_arrival=4)
+    prompt = [token for request in requests for token in request.prompt][:135]
+    for number, weight in enumerate([1.0, 0.5]):
+        requests.append(Request(prompt, {"default": weight}, weight, {"max_tokens": 5}, arrives=60 + 20 * number))
+    with engine(base, **ivl_vllm.engine_args(value_model=str(value)), max_num_batched_tokens=64) as llm:
+        outputs = run(llm, requests)
+    assert_parity(Reference(base, default=value), requests, outputs)
+    assert outputs[-1].num_cached_tokens == 128
+
+
 @pytest.mark.parametrize("chunk_logits", [None, 7], ids=["one_piece", "in_pieces"])
 def test_speculative_decoding_with_a_draft_model(models, tmp_path, monkeypatch, chunk_logits):
     """Drafts of a third model are checked against the joined distribution; weights of every kind in one batch.
