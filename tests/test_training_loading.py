@@ -1,14 +1,16 @@
 """What a run is made of before its first step: devices, templates, length, attention, tokenizer, how answers end."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import mistral_common
 import pytest
+import tiny
 import torch
-from training_tools import WORDS, flags, make_family, make_model, make_tokenizer, train
+from training_tools import WORDS, flags, logged, make_family, make_model, make_tokenizer, train, write_rows
 from transformers import AutoTokenizer, MistralConfig
 from vllm.tokenizers import get_tokenizer
 
@@ -26,6 +28,28 @@ def test_one_process_with_several_gpus_is_refused():
     check_group(1, 1)
     with pytest.raises(ValueError, match="sees 4 GPUs .* CUDA_VISIBLE_DEVICES=0 .* torchrun --nproc_per_node 4"):
         check_group(1, 4)
+
+
+def test_a_hybrid_without_experts_trains_and_keeps_its_configuration(tmp_path):
+    base = tiny.make_model(tmp_path / "base", "hybrid")
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the quick", "completion": " brown fox"}] * 4)
+    given = (f"--base={base}", f"--init={base}", f"--data={data}", "--max_steps=2", "--lr=1e-3")
+    trainer = train(tmp_path, tmp_path / "out", *given)
+    assert all(math.isfinite(loss) for loss in logged(tmp_path / "out").values())
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert not before["output_router_logits"] and not trainer.model.config.output_router_logits
+    for name in ("output_router_logits", "router_aux_loss_coef"):
+        assert after[name] == before[name]
+
+
+def test_a_multimodal_model_that_is_no_causal_lm_is_refused(tmp_path):
+    from ivl_vllm.training.command import prepare
+
+    sees, reads = tiny.make_model(tmp_path / "sees", "multimodal"), tiny.make_model(tmp_path / "reads")
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the quick", "completion": " brown fox"}] * 4)
+    for flag, base, start in (("--base", sees, reads), ("--init", reads, sees)):
+        with pytest.raises(ValueError, match=rf"^{flag} .*no causal language model of the type 'paddleocr_vl'; choose"):
+            prepare(flags(tmp_path, tmp_path / "out", f"--base={base}", f"--init={start}", f"--data={data}"))
 
 
 def test_another_chat_template_leaves_vocabulary_and_network_alone(family, tmp_path):

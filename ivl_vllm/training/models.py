@@ -79,6 +79,14 @@ def _load(loader: Any, name: str, flag: str, **kwargs: Any) -> Any:
         return loader.from_pretrained(name, **kwargs)
     except (OSError, ImportError) as error:  # the latter for an attention that is not installed
         raise ValueError(f"{flag} {name}: cannot be loaded: {_first_line(error)}") from error
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+        kind = _load(AutoConfig, name, flag, trust_remote_code=kwargs.get("trust_remote_code", False)).model_type
+        raise ValueError(
+            f"{flag} {name}: transformers has no causal language model of the type {kind!r}; choose a text model of "
+            "its family (where that has the same vocabulary, what is trained beside it steers this one too)"
+        ) from error
 
 
 def load_tokenizer(name: str, flag: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -63,6 +63,10 @@ class TrainerArguments(CommonArguments, SFTConfig):
             self.router_aux_loss_coef = None if defaults["router_aux_loss_coef"] is None else 0.0
 
 
+# What a network's configuration says of the loss that balances its experts.
+ROUTING = ("output_router_logits", "router_aux_loss_coef")
+
+
 class ValueTrainer(SafeSaving, Preparation):
     """Trains a value network `V` so that `softmax(B0 + V)` fits demonstrations, `B0` frozen.
 
@@ -119,6 +123,8 @@ class ValueTrainer(SafeSaving, Preparation):
         self._answers_per_position: float | None = None
         # Sums since the last log, on the device: the step itself never waits for it.
         self._sums: dict[str, torch.Tensor] = {}
+        config = value.config.get_text_config()
+        routing = {name: getattr(config, name) for name in ROUTING if hasattr(config, name)}
         super().__init__(
             model=value,
             args=args,
@@ -126,6 +132,9 @@ class ValueTrainer(SafeSaving, Preparation):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
+        # TRL asks networks with experts for a loss of theirs, those too that have none of the experts.
+        for name, setting in routing.items():
+            setattr(config, name, setting)
         use_progress_lines(self)
         self.add_callback(LogsLastStep())
         # Not a submodule of the trained model: neither the optimizer, nor a checkpoint, nor `model.train()` reach it.
