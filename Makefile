@@ -16,7 +16,7 @@ demo: setup  ## train a value network on a small model, serve it beside a larger
 	@$(BIN)/python -m ivl_vllm.demo
 
 test: setup  ## run all tests
-	@$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+	@$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: setup  ## throughput against plain vLLM, the limit and every peer (long)
 	@$(BIN)/python benchmarks/throughput.py

@@ -22,13 +22,13 @@ REFUSED = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
         ["speculative", "VLLM_USE_V2_MODEL_RUNNER=1"],
     ),
-    "eagle": (
+    "eagle_on_v1": (
         {"speculative_config": {"method": "eagle", "model": "EAGLE", "num_speculative_tokens": 2}},
-        ["'eagle'", "hidden states", "draft_model"],
+        ["'eagle'", "VLLM_USE_V2_MODEL_RUNNER=1"],
     ),
     "drafter_that_is_not_supported": (
         {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        ["'ngram_gpu' is not supported", "draft_model, ngram"],
+        ["'ngram_gpu' is not supported", "hidden states", "draft_model, ngram, eagle, eagle3, mtp"],
     ),
     "cascade_and_lora": (
         {"enable_lora": True, "additional_config": {"ivl": {"value_model": "CASCADE"}}},

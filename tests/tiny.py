@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
@@ -157,3 +158,33 @@ def make_model(
     if tokenizer:
         make_tokenizer(folder)
     return _save(model, folder, dtype)
+
+
+def make_eagle(folder: Path, base: Path, method: str, seed: int = 0) -> Path:
+    """A drafter with random weights of the kind "eagle" or "eagle3", of one layer, for a Llama."""
+    config = LlamaConfig.from_pretrained(base)
+    config.num_hidden_layers, config.architectures = 1, ["LlamaForCausalLM"]
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = config.hidden_size // config.num_attention_heads
+    # EAGLE joins the embedding to the base's last hidden states, EAGLE 3 three of its layers', and the result to it.
+    layer, reads, width = ("layers.0", 2, hidden) if method == "eagle" else ("midlayer", 3, 2 * hidden)
+    shapes = {
+        "fc": (hidden, reads * hidden),
+        f"{layer}.self_attn.q_proj": (hidden, width),
+        f"{layer}.self_attn.k_proj": (head * config.num_key_value_heads, width),
+        f"{layer}.self_attn.v_proj": (head * config.num_key_value_heads, width),
+        f"{layer}.self_attn.o_proj": (hidden, hidden),
+        f"{layer}.mlp.gate_proj": (inner, hidden),
+        f"{layer}.mlp.up_proj": (inner, hidden),
+        f"{layer}.mlp.down_proj": (hidden, inner),
+    }
+    norms = [f"{layer}.post_attention_layernorm"]
+    if method == "eagle3":
+        shapes["lm_head"] = (config.vocab_size, hidden)
+        norms += ["norm", f"{layer}.input_layernorm", f"{layer}.hidden_norm"]
+    generator = torch.Generator().manual_seed(seed)
+    weights = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.15 for name, shape in shapes.items()}
+    weights |= {f"{name}.weight": torch.ones(hidden) for name in norms}
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors")
+    return folder

@@ -15,8 +15,9 @@ from ivl_vllm.settings import Settings, parse_settings
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-# Drafters that read nothing from the target model, whose hidden states are joined with the value networks'.
+# Drafters that read nothing from the base, and those that read its last hidden states or some that it returns besides.
 INDEPENDENT_DRAFTERS = ("draft_model", "ngram")
+READING_DRAFTERS = ("eagle", "eagle3", "mtp")
 
 
 def engine_settings(vllm_config: VllmConfig) -> Settings:
@@ -129,10 +130,11 @@ def _check_features(config: VllmConfig) -> None:
         )
     if drafter is None:
         return
-    if drafter.method not in INDEPENDENT_DRAFTERS:
+    supported = INDEPENDENT_DRAFTERS + READING_DRAFTERS
+    if drafter.method not in supported:
         raise ValueError(
-            f"ivl: the speculative method {drafter.method!r} is not supported (many read the base model's hidden "
-            f"states, which are joined with the value network's): use one of {', '.join(INDEPENDENT_DRAFTERS)}"
+            f"ivl: the speculative method {drafter.method!r} is not supported (the base model's hidden states, which "
+            f"many methods read, are joined with the value network's): use one of {', '.join(supported)}"
         )
     if not getattr(config, "use_v2_model_runner", False):
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.network import Network, StableInput
 from ivl_vllm.serving.request_weights import Addition, together
 from ivl_vllm.serving.steps import Steps
 
@@ -89,8 +89,16 @@ _rows_of_engine: dict[int, ValueRows] = {}
 class _Join:
     """What the joined forward needs, kept off the module tree: LoRA wraps every submodule that it finds there."""
 
-    def __init__(self, rows: ValueRows, steps: Steps, networks: list[Network], default_weights: Sequence[float]):
+    def __init__(
+        self,
+        rows: ValueRows,
+        steps: Steps,
+        networks: list[Network],
+        default_weights: Sequence[float],
+        for_drafter: StableInput | None,
+    ):
         self.rows = rows
+        self.for_drafter = for_drafter
         self.steps = steps
         self.default_weights = default_weights
         # The networks that the last forward ran.
@@ -146,12 +154,12 @@ class JoinedModel:
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """`[base hidden | value hidden | ...]` of `[tokens]` ids at `[tokens]` positions.
 
         Each network's hidden states are copied out before the next one runs. Captured in pieces, a model's last CUDA
         graph leaves its output in memory that the graphs of the next model may use. A step that needs no network
-        returns what the base returned.
+        returns what the base returned. What a base returns for EAGLE 3 besides stays beside the joined ones.
         """
         join = self._ivl
         join.steps.sampled = False
@@ -160,10 +168,16 @@ class JoinedModel:
         for name, given in (("intermediate_tensors", intermediate_tensors), ("inputs_embeds", inputs_embeds)):
             if given is not None:
                 kwargs[name] = given
-        base = super().forward(input_ids, positions, **kwargs)
+        base, auxiliary = super().forward(input_ids, positions, **kwargs), None
+        if isinstance(base, tuple):
+            base, auxiliary = base
+        if join.for_drafter is not None:
+            join.for_drafter.hold(base)
         active = join.choose()
         if not active:
-            return base
+            return base if auxiliary is None else (base, auxiliary)
+        if auxiliary is not None:
+            auxiliary = [hidden.clone() for hidden in auxiliary]
         first = not join.widths
         room = [] if first else join.allocate(base)
         parts = [base.clone() if first else room[0].copy_(base)]
@@ -171,7 +185,18 @@ class JoinedModel:
         for place, number in enumerate(active, 1):
             value = join.rows.networks[number].forward(input_ids, positions, base, base_logits)
             parts.append(value.clone() if first else room[place].copy_(value))
-        return join.learn(parts) if first else room[-1]
+        joined = join.learn(parts) if first else room[-1]
+        return joined if auxiliary is None else (joined, auxiliary)
+
+    def get_mtp_target_hidden_states(self) -> torch.Tensor | None:
+        """What drafters such as EAGLE and MTP read: the base's hidden states, `[most tokens of a step, hidden]`.
+
+        vLLM asks bases for it whose drafters read something else than what they return. None without such a drafter.
+        """
+        of_base = getattr(super(), "get_mtp_target_hidden_states", None)
+        if of_base is not None:
+            return of_base()
+        return None if self._ivl.for_drafter is None else self._ivl.for_drafter.buffer
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The base's logits of `[rows, joined hidden]`; the value rows wait for the logits processor.
@@ -196,7 +221,12 @@ class JoinedModel:
 
 
 def join(
-    base: nn.Module, rows: ValueRows, steps: Steps, networks: list[Network], default_weights: Sequence[float]
+    base: nn.Module,
+    rows: ValueRows,
+    steps: Steps,
+    networks: list[Network],
+    default_weights: Sequence[float],
+    for_drafter: StableInput | None = None,
 ) -> nn.Module:
     """Makes `base` run `networks` on the same tokens. The same object comes back, of a class derived from its own.
 
@@ -206,8 +236,9 @@ def join(
         steps: says which networks a step needs.
         networks: the value networks.
         default_weights: each network's weight in a request that says nothing.
+        for_drafter: keeps the base's hidden states for a drafter that reads them.
     """
-    base._ivl = _Join(rows, steps, networks, default_weights)
+    base._ivl = _Join(rows, steps, networks, default_weights, for_drafter)
     if hasattr(base, "do_not_compile"):
         # vLLM compiles this class's forward, bound before it was joined. The layers below are compiled by themselves.
         base.do_not_compile = True

@@ -18,9 +18,9 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.cached_layers import check_states, keep_whole_context, use_own_config
-from ivl_vllm.serving.checks import engine_settings
+from ivl_vllm.serving.checks import READING_DRAFTERS, engine_settings
 from ivl_vllm.serving.joined_model import ValueRows, join
-from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.network import Network, StableInput
 from ivl_vllm.serving.network_checks import network_config, network_scheme
 from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
 from ivl_vllm.serving.solved_weights import warm_up_solvers
@@ -81,7 +81,9 @@ class IVLModelLoader(BaseModelLoader):
         warm_up_solvers(settings, networks, rows.groups, model_config.get_vocab_size(), base, most_rows)
         watch_steps()
         default_weights = settings.network_weights(settings.steering(None).weights)
-        return join(base, rows, Steps.of(vllm_config), networks, default_weights)
+        reads = drafter is not None and drafter.method in READING_DRAFTERS
+        for_drafter = StableInput(vllm_config.scheduler_config.max_num_batched_tokens) if reads else None
+        return join(base, rows, Steps.of(vllm_config), networks, default_weights, for_drafter)
 
     def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
         """Bytes of weights that another process holds for the base (vLLM 0.32 and later)."""

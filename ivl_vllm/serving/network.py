@@ -26,17 +26,20 @@ class StableInput:
     """A model input that is computed anew every step, at an address that stays.
 
     CUDA graphs that were captured in pieces read their inputs where they lay at capture; vLLM's own inputs stay there.
+
+    Attributes:
+        buffer: `[most tokens, ...]`; None before the first step.
     """
 
     def __init__(self, max_tokens: int):
         self._max_tokens = max_tokens
-        self._buffer: torch.Tensor | None = None
+        self.buffer: torch.Tensor | None = None
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` (`[tokens, ...]`), copied to the start of the buffer."""
-        if self._buffer is None:
-            self._buffer = tensor.new_empty(max(self._max_tokens, tensor.shape[0]), *tensor.shape[1:])
-        return self._buffer[: tensor.shape[0]].copy_(tensor)
+        if self.buffer is None:
+            self.buffer = tensor.new_empty(max(self._max_tokens, tensor.shape[0]), *tensor.shape[1:])
+        return self.buffer[: tensor.shape[0]].copy_(tensor)
 
 
 class Network:
