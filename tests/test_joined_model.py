@@ -119,9 +119,9 @@ def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cach
         def get_kv_cache_spec(self, vllm_config):
             return None
 
-    layer = Layer()
-    use_own_config(layer, own, "ivl_0")
-    assert layer.get_attn_backend() is layer.attn_backend is not Backend
+    layer, other = Layer(), Layer()
+    use_own_config([layer, object(), other], own, "ivl_0")
+    assert layer.get_attn_backend() is layer.attn_backend is other.get_attn_backend() is not Backend
     engine.cache_config.layout = "NHD"
     builder = layer.attn_backend.get_builder_cls()
     for seen in (builder(None, [], engine, "cpu").vllm_config, builder.get_cudagraph_support(engine, None)):

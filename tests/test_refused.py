@@ -143,6 +143,10 @@ def test_states_of_another_kind_are_refused_where_they_are_copied():
     check_states([mamba], [mamba], keeps, "VALUE")
     check_states([mamba], [object()], keeps, "VALUE")
     check_states([mamba], [conv], keeps_not, "VALUE")
+    everywhere = SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode="all"))
+    check_states([mamba], [object()], everywhere, "VALUE")
+    with pytest.raises(ValueError, match="mamba_cache_mode 'all'.*--no-enable-prefix-caching"):
+        check_states([mamba], [mamba], everywhere, "VALUE")
     with pytest.raises(ValueError, match="'VALUE' .*SHORT_CONV.*MAMBA2.*--no-enable-prefix-caching"):
         check_states([mamba], [conv], keeps, "VALUE")
 
@@ -189,6 +193,57 @@ def test_ranks_that_join_a_running_engine_are_refused(models):
         _check_features(config)
 
 
+def model_config(heads=2, is_mla=False, is_hybrid=False, is_attention_free=False):
+    return SimpleNamespace(
+        use_mla=is_mla,
+        get_total_num_kv_heads=lambda: heads,
+        is_hybrid=is_hybrid,
+        is_attention_free=is_attention_free,
+        model="FOLDER",
+    )
+
+
+TRANSFORMER, HYBRID, STATES_ONLY = model_config(), model_config(is_hybrid=True), model_config(0, is_attention_free=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "value", "cache", "message"),
+    [
+        (TRANSFORMER, HYBRID, {}, "only if the base has some too"),
+        (TRANSFORMER, STATES_ONLY, {}, "only if the base has some too"),
+        (HYBRID, HYBRID, {"use_replayssm": True}, "without --use-replayssm"),
+        (STATES_ONLY, TRANSFORMER, {}, "--block-size 1024"),
+        (STATES_ONLY, TRANSFORMER, {"user_specified_block_size": True}, None),
+        (STATES_ONLY, STATES_ONLY, {}, None),
+        (HYBRID, STATES_ONLY, {}, None),
+        (HYBRID, HYBRID, {}, None),
+        (HYBRID, TRANSFORMER, {"use_replayssm": True}, None),
+    ],
+)
+def test_layers_with_a_state_beside_each_other(base, value, cache, message):
+    from ivl_vllm.serving.network_checks import _check_states
+
+    cache_config = SimpleNamespace(**{"user_specified_block_size": False, "use_replayssm": False} | cache)
+    config = SimpleNamespace(model_config=base, cache_config=cache_config)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=f"^ivl: .*VALUE .*{message}"):
+        _check_states(config, value, "VALUE")
+
+
+@pytest.mark.parametrize(
+    ("models", "is_refused"),
+    [([HYBRID, HYBRID], True), ([HYBRID, STATES_ONLY], True), ([HYBRID, TRANSFORMER], False)],
+)
+def test_a_connector_that_takes_all_states_for_alike(models, is_refused):
+    from ivl_vllm.serving.checks import _check_connectors
+
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector", kv_connector_extra_config={}),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+    )
+    with pytest.raises(ValueError, match="'NixlConnector'.*another connector") if is_refused else nullcontext():
+        _check_connectors(config, models)
+
+
 @pytest.mark.parametrize("kind", ["MooncakeStoreConnector", "MultiConnector"])
 @pytest.mark.parametrize("value_heads, ranks, is_refused", [(8, 8, True), (4, 8, False), (8, 4, False), (2, 8, False)])
 def test_stores_that_take_ranks_for_equal(kind, value_heads, ranks, is_refused):
@@ -200,7 +255,7 @@ def test_stores_that_take_ranks_for_equal(kind, value_heads, ranks, is_refused):
         kv_transfer_config=SimpleNamespace(kv_connector=kind, kv_connector_extra_config=several),
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
     )
-    models = [SimpleNamespace(use_mla=False, get_total_num_kv_heads=lambda n=n: n) for n in (4, value_heads)]
+    models = [model_config(heads) for heads in (4, value_heads)]
     with pytest.raises(ValueError, match=f"tensor_parallel_size={ranks} takes 2") if is_refused else nullcontext():
         _check_connectors(config, models)
 
@@ -218,6 +273,6 @@ def test_a_store_that_keeps_latents_once(base_is_mla, value_is_mla, ranks, is_re
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
     )
     kinds = base_is_mla, value_is_mla
-    models = [SimpleNamespace(use_mla=is_mla, get_total_num_kv_heads=lambda: 2) for is_mla in kinds]
+    models = [model_config(is_mla=is_mla) for is_mla in kinds]
     with pytest.raises(ValueError, match="'LMCacheMPConnector'.*another connector") if is_refused else nullcontext():
         _check_connectors(config, models)

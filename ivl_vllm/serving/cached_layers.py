@@ -11,7 +11,9 @@ from torch import nn
 from vllm.config import CacheConfig, VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.worker import mamba_utils
 
 
 def keep_whole_context(layer: nn.Module) -> None:
@@ -53,12 +55,25 @@ class _OwnDtype:
         return getattr(self._engines, name)
 
 
-def use_own_config(layer: nn.Module, config: VllmConfig, prefix: str) -> None:
-    """Lets the attention metadata of a value network's layer be built from its own heads and dtype, not the base's."""
-    if not isinstance(layer, AttentionLayerBase):
-        return
-    backend = layer.get_attn_backend()
+def use_own_config(layers: Iterable[nn.Module], config: VllmConfig, prefix: str) -> None:
+    """Lets the attention metadata of a value network's layers be built from its own heads and dtype, not the base's."""
+    # One class for all layers that have one backend: vLLM's choice of a block size tries combinations of classes.
+    backends: dict[type[AttentionBackend], type[AttentionBackend]] = {}
+    for layer in layers:
+        if not isinstance(layer, AttentionLayerBase):
+            continue
+        backend = layer.get_attn_backend()
+        if backend not in backends:
+            backends[backend] = _own_backend(backend, config, prefix)
+        own = backends[backend]
+        layer.get_attn_backend = lambda own=own: own
+        if hasattr(layer, "attn_backend"):  # layers with a state (Mamba, linear attention) have none
+            layer.attn_backend = own
+        if isinstance(layer, MambaBase):
+            _use_own_page(layer)
 
+
+def _own_backend(backend: type[AttentionBackend], config: VllmConfig, prefix: str) -> type[AttentionBackend]:
     def own(vllm_config: VllmConfig) -> VllmConfig:
         found = copy.copy(config)
         found.cache_config = _OwnDtype(vllm_config.cache_config, config.cache_config.cache_dtype)
@@ -74,12 +89,7 @@ def use_own_config(layer: nn.Module, config: VllmConfig, prefix: str) -> None:
 
     # vLLM groups layers by the name of their backend: one name for each network, the same for all its layers.
     members = {"get_builder_cls": staticmethod(lambda: Builder), "__module__": __name__}
-    own_backend = type(f"{prefix}_{backend.__name__}", (backend,), members)
-    layer.get_attn_backend = lambda: own_backend
-    if hasattr(layer, "attn_backend"):  # layers with a state (Mamba, linear attention) have none
-        layer.attn_backend = own_backend
-    if isinstance(layer, MambaBase):
-        _use_own_page(layer)
+    return type(f"{prefix}_{backend.__name__}", (backend,), members)
 
 
 def _use_own_page(layer: MambaBase) -> None:
@@ -108,10 +118,17 @@ def check_states(base: Iterable[nn.Module], own: Iterable[nn.Module], config: Vl
         ValueError: names the kinds and the fix.
     """
     kinds, known = ({layer.mamba_type for layer in layers if isinstance(layer, MambaBase)} for layers in (own, base))
-    if config.cache_config.mamba_cache_mode == "align" and kinds - known:
+    mode, off = config.cache_config.mamba_cache_mode, "start with --no-enable-prefix-caching"
+    if not kinds or mode == "none":
+        return
+    if mode != "align" or not hasattr(mamba_utils, "validate_mamba_state_copy_funcs"):
+        raise ValueError(
+            f"ivl: the value network {network!r} has layers with a state, and this vLLM keeps the states of cached "
+            f"prefixes (mamba_cache_mode {mode!r}) in ways that fit the base's alone: {off}"
+        )
+    if kinds - known:
         names = " and ".join(sorted(kind.name for kind in kinds - known))
         raise ValueError(
             f"ivl: the value network {network!r} has states of another kind ({names}) than the base "
-            f"({' and '.join(sorted(kind.name for kind in known))}), and vLLM copies the base's kind only: start with "
-            "--no-enable-prefix-caching"
+            f"({' and '.join(sorted(kind.name for kind in known))}), and vLLM copies the base's kind only: {off}"
         )

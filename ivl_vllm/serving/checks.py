@@ -9,7 +9,7 @@ from vllm import envs
 
 from ivl_vllm.plugin import ENGINE_KEY, LOAD_FORMAT
 from ivl_vllm.serving import admission
-from ivl_vllm.serving.network_checks import check_network, check_text_only, fingerprint
+from ivl_vllm.serving.network_checks import check_network, check_text_only, fingerprint, has_states
 from ivl_vllm.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
     vllm_config.additional_config[ENGINE_KEY]["networks"] = hashes
     if vllm_config.kv_transfer_config is not None:
         vllm_config.additional_config[ENGINE_KEY]["fingerprint"] = fingerprint(settings.networks)
-    if not hybrid_is_users_choice and any(map(_has_window, models)) and not vllm_config.model_config.is_hybrid:
+    if not hybrid_is_users_choice and any(map(_has_window, models)) and not has_states(models[0]):
         # Pages of different models rarely fit each other. vLLM would make groups as small as one layer out of them, or
         # give up; as full attention (the window still holds when attention is computed) all layers share one group.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
@@ -69,9 +69,15 @@ def _check_connectors(config: VllmConfig, models: Sequence[ModelConfig]) -> None
             "ivl: kv_connector is 'LMCacheConnectorV1', which makes its buffers for the layers and heads of the base "
             "alone: use another connector, such as OffloadingConnector"
         )
+    if "NixlConnector" in kinds and any(map(has_states, models[1:])):
+        raise ValueError(
+            "ivl: kv_connector is 'NixlConnector', which takes the shape of all states (Mamba, linear attention) from "
+            "one layer, and a value network has states of its own: use another connector"
+        )
     ranks = config.parallel_config.tensor_parallel_size
     # On how many ranks vLLM has the same heads.
-    copies = [max(1, ranks // (1 if model.use_mla else model.get_total_num_kv_heads())) for model in models]
+    heads = [1 if model.use_mla else model.get_total_num_kv_heads() for model in models]
+    copies = [max(1, ranks // number) if number else 1 for number in heads]  # no heads: states only
     stores = {"MooncakeStoreConnector"} | ({"LMCacheMPConnector"} if models[0].use_mla else set())
     found = stores.intersection(kinds)
     if found and min(copies) < copies[0]:

@@ -159,10 +159,9 @@ def _load_network(
         saved = share_equal_weights(model, [other.model for other in others])
         if saved:
             logger.info("ivl: value network %s: %.1f MiB are shared with others", source.model, saved / 2**20)
-    own = layers.keys() - before
-    check_states([layers[name] for name in before], [layers[name] for name in own], vllm_config, source.model)
-    for name in own:
-        use_own_config(layers[name], config, prefix)
+    own = [layer for name, layer in layers.items() if name not in before]
+    check_states([layers[name] for name in before], own, vllm_config, source.model)
+    use_own_config(own, config, prefix)
     return Network(
         model,
         model_config,

@@ -35,6 +35,7 @@ def check_network(vllm_config: VllmConfig, source: NetworkSource) -> ModelConfig
     """
     value = network_config(vllm_config, source.model)
     _check_model(vllm_config.model_config, value, source)
+    _check_states(vllm_config, value, f"the value network {source.model!r} ({', '.join(value.architectures)})")
     if vllm_config.additional_config[ENGINE_KEY]["load_format"] != "dummy":
         _check_weights(source.model)
     _check_parallel(vllm_config, value, source.model)
@@ -105,11 +106,8 @@ def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource) -
     if value.runner_type != "generate":
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
     check_text_only(value, what)
-    if _has_states(value) and not _has_states(base):
-        raise ValueError(
-            f"ivl: {what} ({', '.join(value.architectures)}) has layers with a state (Mamba, linear attention), for "
-            "which vLLM makes room only if the base has some too: use a transformer, or such a base"
-        )
+    if "Gemma3nForConditionalGeneration" in value.architectures:
+        raise ValueError(f"ivl: {what} is a Gemma 3n, whose multimodal class in vLLM takes no token ids: use another")
     if value.max_model_len < base.max_model_len:
         raise ValueError(
             f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="
@@ -127,8 +125,28 @@ def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource) -
     _check_vocab_map(base, value, source.vocab_map, what)
 
 
-def _has_states(model: ModelConfig) -> bool:
+def has_states(model: ModelConfig) -> bool:
+    """Whether some of its layers keep a state (Mamba, linear attention) in place of keys and values."""
     return model.is_hybrid or model.is_attention_free
+
+
+def _check_states(vllm_config: VllmConfig, value: ModelConfig, what: str) -> None:
+    base, cache = vllm_config.model_config, vllm_config.cache_config
+    if has_states(value) and not has_states(base):
+        raise ValueError(
+            f"ivl: {what} has layers with a state (Mamba, linear attention), for which vLLM makes room only if the "
+            "base has some too: use a transformer, or such a base"
+        )
+    if has_states(value) and getattr(cache, "use_replayssm", False):
+        raise ValueError(
+            f"ivl: use_replayssm is on, which counts the steps of all layers with a state together, and {what} has "
+            "some that may sit steps out: start without --use-replayssm"
+        )
+    if base.is_attention_free and not value.is_attention_free and not cache.user_specified_block_size:
+        raise ValueError(
+            f"ivl: {what} has keys and values, the base {base.model!r} only states, and vLLM would give each few of "
+            "the network's tokens a page as large as a whole state: set how many it gets, such as --block-size 1024"
+        )
 
 
 def fingerprint(sources: Iterable[NetworkSource]) -> str:
