@@ -88,6 +88,31 @@ def test_a_base_that_is_compiled_as_a_whole_runs_the_joined_forward():
     assert model(ids, ids).shape[1] == 4 + 3
 
 
+def test_drafters_get_what_the_base_has_for_them_or_its_hidden_states():
+    held = StableInput(4)
+    held.hold(torch.ones(2, 3))
+    steps = SimpleNamespace(needed=None, sampled=False)
+
+    class Plain(nn.Module):
+        pass
+
+    class Own(nn.Module):
+        residual = None
+
+        def get_mtp_target_hidden_states(self):
+            return self.residual
+
+    plain, own, without = (
+        join(base, ValueRows(), steps, [], (), for_drafter)
+        for base, for_drafter in ((Plain(), held), (Own(), held), (Plain(), None))
+    )
+    assert plain.get_mtp_target_hidden_states() is held.buffer
+    assert own.get_mtp_target_hidden_states() is held.buffer  # it has none for this drafter
+    own.residual = torch.zeros(4, 6)
+    assert own.get_mtp_target_hidden_states() is own.residual
+    assert without.get_mtp_target_hidden_states() is None
+
+
 def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cache():
     """vLLM settles layout and size of the cache when the models are loaded; backends ask for them in every step."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase

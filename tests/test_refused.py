@@ -130,7 +130,7 @@ def test_a_multimodal_base_is_refused_but_in_text_only_mode(models, folders):
     assert create(folders / "SOUNDS", **steered, language_model_only=True).additional_config["ivl"]
 
 
-def test_states_of_another_kind_are_refused_where_they_are_copied():
+def test_states_of_another_kind_are_refused_where_they_are_copied(monkeypatch):
     from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
     from vllm.model_executor.layers.mamba.short_conv import ShortConv
 
@@ -149,6 +149,23 @@ def test_states_of_another_kind_are_refused_where_they_are_copied():
         check_states([mamba], [mamba], everywhere, "VALUE")
     with pytest.raises(ValueError, match="'VALUE' .*SHORT_CONV.*MAMBA2.*--no-enable-prefix-caching"):
         check_states([mamba], [conv], keeps, "VALUE")
+    monkeypatch.delattr("vllm.v1.worker.mamba_utils.validate_mamba_state_copy_funcs")  # as in older releases
+    check_states([mamba], [mamba], keeps_not, "VALUE")
+    with pytest.raises(ValueError, match="mamba_cache_mode 'align'.*--no-enable-prefix-caching"):
+        check_states([mamba], [mamba], keeps, "VALUE")
+
+
+def test_gemma_3n_folders_are_refused():
+    from ivl_vllm.serving.network_checks import _check_model
+
+    value = SimpleNamespace(
+        runner_type="generate",
+        is_encoder_decoder=False,
+        supports_multimodal_inputs=False,
+        architectures=["Gemma3nForConditionalGeneration"],
+    )
+    with pytest.raises(ValueError, match="'VALUE' is a Gemma 3n.*takes no token ids"):
+        _check_model(TRANSFORMER, value, SimpleNamespace(model="VALUE"))
 
 
 def test_the_executor_that_passes_the_worker_by_is_refused(models, monkeypatch):
@@ -231,7 +248,12 @@ def test_layers_with_a_state_beside_each_other(base, value, cache, message):
 
 @pytest.mark.parametrize(
     ("models", "is_refused"),
-    [([HYBRID, HYBRID], True), ([HYBRID, STATES_ONLY], True), ([HYBRID, TRANSFORMER], False)],
+    [
+        ([HYBRID, HYBRID], True),
+        ([HYBRID, STATES_ONLY], True),
+        ([HYBRID, TRANSFORMER], False),
+        ([STATES_ONLY, TRANSFORMER], False),
+    ],
 )
 def test_a_connector_that_takes_all_states_for_alike(models, is_refused):
     from ivl_vllm.serving.checks import _check_connectors

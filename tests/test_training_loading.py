@@ -35,7 +35,8 @@ def test_a_hybrid_without_experts_trains_and_keeps_its_configuration(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the quick", "completion": " brown fox"}] * 4)
     given = (f"--base={base}", f"--init={base}", f"--data={data}", "--max_steps=2", "--lr=1e-3")
     trainer = train(tmp_path, tmp_path / "out", *given)
-    assert all(math.isfinite(loss) for loss in logged(tmp_path / "out").values())
+    losses = logged(tmp_path / "out")
+    assert losses and all(map(math.isfinite, losses.values()))
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
     assert not before["output_router_logits"] and not trainer.model.config.output_router_logits
     for name in ("output_router_logits", "router_aux_loss_coef"):

@@ -194,9 +194,10 @@ class JoinedModel:
         vLLM asks bases for it whose drafters read something else than what they return. None without such a drafter.
         """
         of_base = getattr(super(), "get_mtp_target_hidden_states", None)
-        if of_base is not None:
-            return of_base()
-        return None if self._ivl.for_drafter is None else self._ivl.for_drafter.buffer
+        own = None if of_base is None else of_base()
+        if own is not None or self._ivl.for_drafter is None:
+            return own
+        return self._ivl.for_drafter.buffer
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The base's logits of `[rows, joined hidden]`; the value rows wait for the logits processor.

@@ -107,7 +107,9 @@ def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource) -
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
     check_text_only(value, what)
     if "Gemma3nForConditionalGeneration" in value.architectures:
-        raise ValueError(f"ivl: {what} is a Gemma 3n, whose multimodal class in vLLM takes no token ids: use another")
+        raise ValueError(
+            f"ivl: {what} is a Gemma 3n, whose multimodal class in vLLM takes no token ids: use another value network"
+        )
     if value.max_model_len < base.max_model_len:
         raise ValueError(
             f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="
