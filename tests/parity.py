@@ -21,8 +21,11 @@ os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from PIL import Image
+from tiny import IMAGE_TOKEN
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 ENGINE = {
     "dtype": "float32",
@@ -55,22 +58,32 @@ class Reference:
         self.schemes = schemes or {}
         self.maps = maps or {}
 
+        def sees(folder: Path) -> bool:
+            return hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+
         def load(folder: Path) -> torch.nn.Module:
-            sees = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
-            kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            kind = AutoModelForImageTextToText if sees(folder) else AutoModelForCausalLM
             return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
         self.base = load(base)
+        self.image_processor = AutoProcessor.from_pretrained(base).image_processor if sees(base) else None
         self.values = {}
         for name, folders in values.items():
             pair = folders if isinstance(folders, tuple) else (folders,)
             self.values[name] = [(load(folder), sign) for folder, sign in zip(pair, (1.0, -1.0), strict=False)]
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int], weights: dict[str, float]) -> torch.Tensor:
-        """`[len(ids), vocab of the base]` logits that predict the token after each position."""
+    def logits(self, ids: Sequence[int], weights: dict[str, float], images: Sequence[Image.Image] = ()) -> torch.Tensor:
+        """`[len(ids), vocab of the base]` logits that predict the token after each position.
+
+        Images are the base's alone: a value network reads the tokens that stand for their pieces.
+        """
         inputs = torch.tensor([list(ids)])
-        base = self.base(inputs).logits[0]
+        seen = {}
+        if images:
+            seen = self.image_processor(images=list(images), return_tensors="pt")
+            seen["mm_token_type_ids"] = (inputs == self.base.config.image_token_id).int()
+        base = self.base(inputs, **seen).logits[0]
         joined = base.clone()
         for name, weight in weights.items():
             for model, sign in self.values[name]:
@@ -110,13 +123,19 @@ class Reference:
             expected = expected + embedding(inputs[0])
         return model(inputs_embeds=expected[None]).logits[0]
 
-    def greedy(self, prompt: Sequence[int], output: Sequence[int], weights: dict[str, float]) -> list[int]:
+    def greedy(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        weights: dict[str, float],
+        images: Sequence[Image.Image] = (),
+    ) -> list[int]:
         """The reference's choice at each position of `output`, given the tokens before it.
 
         All choices equal to `output` means that greedy decoding of the reference gives `output`.
         """
         ids = [*prompt, *output]
-        return self.logits(ids, weights)[len(prompt) - 1 : -1].argmax(-1).tolist()
+        return self.logits(ids, weights, images)[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 @dataclass
@@ -130,6 +149,7 @@ class Request:
         params: further sampling parameters.
         arrives: engine step before which the request is added.
         aborts: engine steps after which it is aborted, if at all.
+        images: for each placeholder in the prompt one.
     """
 
     prompt: list[int]
@@ -138,6 +158,7 @@ class Request:
     params: dict[str, Any] = field(default_factory=dict)
     arrives: int = 0
     aborts: int | None = None
+    images: Sequence[Image.Image] = ()
 
 
 def random_requests(
@@ -168,6 +189,20 @@ def random_requests(
     return requests
 
 
+def add_images(requests: Sequence[Request]) -> list[Image.Image]:
+    """Puts one or two of three images into three of four requests, and returns the three."""
+    rng = np.random.default_rng(0)
+    # As large as the model has positions for: vLLM and transformers find those of other sizes in ways of their own.
+    images = [Image.fromarray(rng.integers(0, 256, (56, 56, 3), np.uint8)) for _ in range(3)]
+    for number, request in enumerate(requests):
+        if number % 4:
+            request.images = [images[number % 3], images[number % 2]][: number % 4]
+            for _ in request.images:
+                place = rng.integers(len(request.prompt))
+                request.prompt[place:place] = [1, IMAGE_TOKEN, 1]  # never side by side
+    return images
+
+
 def sampling_params(request: Request) -> Any:
     """vLLM's SamplingParams of a request: greedy and of fixed length unless it says otherwise."""
     from vllm import SamplingParams
@@ -191,9 +226,10 @@ def run(llm: Any, requests: Sequence[Request]) -> list[Any]:
     while waiting or engine.has_unfinished_requests():
         while waiting and (requests[waiting[0]].arrives <= step or not engine.has_unfinished_requests()):
             number = waiting.pop(0)
-            engine.add_request(
-                str(number), {"prompt_token_ids": requests[number].prompt}, sampling_params(requests[number])
-            )
+            prompt: dict[str, Any] = {"prompt_token_ids": requests[number].prompt}
+            if requests[number].images:
+                prompt["multi_modal_data"] = {"image": list(requests[number].images)}
+            engine.add_request(str(number), prompt, sampling_params(requests[number]))
             started[number] = step
         for output in engine.step():
             if output.finished:
@@ -216,7 +252,7 @@ def mismatches(reference: Reference, requests: Sequence[Request], outputs: Seque
             continue
         for completion in output.outputs:
             tokens = list(completion.token_ids)
-            expected = reference.greedy(request.prompt, tokens, request.weights)
+            expected = reference.greedy(output.prompt_token_ids, tokens, request.weights, request.images)
             if tokens != expected:
                 wrong.append(f"request {number} {request.weights}: {tokens} but the reference has {expected}")
     return wrong
@@ -225,9 +261,10 @@ def mismatches(reference: Reference, requests: Sequence[Request], outputs: Seque
 def steering_shows(reference: Reference, requests: Sequence[Request], outputs: Sequence[Any]) -> bool:
     """Negative control: most steered outputs are not the base's own, so a server that ignored weights would fail."""
     steered = [(r, o) for r, o in zip(requests, outputs, strict=True) if o is not None and any(r.weights.values())]
-    changed = [
-        list(o.outputs[0].token_ids) != reference.greedy(r.prompt, list(o.outputs[0].token_ids), {}) for r, o in steered
-    ]
+    changed = []
+    for request, output in steered:
+        tokens = list(output.outputs[0].token_ids)
+        changed.append(tokens != reference.greedy(output.prompt_token_ids, tokens, {}, request.images))
     return len(changed) > 0 and sum(changed) > 0.7 * len(changed)
 
 

@@ -38,8 +38,13 @@ class FakeNetwork:
         return SCRATCH[: len(input_ids), :3].copy_(input_ids[:, None] * 10 + self.number).to(dtype)
 
 
+def no_steps():
+    """As `Steps` outside of steps."""
+    return SimpleNamespace(needed=None, sampled=False, text_positions=lambda positions: positions)
+
+
 def make_joined(default_weights=(0.0, 0.0)):
-    rows, steps = ValueRows(), SimpleNamespace(needed=None, sampled=False)
+    rows, steps = ValueRows(), no_steps()
     return join(Base(), rows, steps, [FakeNetwork(1), FakeNetwork(2)], default_weights), rows, steps
 
 
@@ -65,9 +70,31 @@ def test_bases_that_take_the_rest_by_name_alone_or_not_at_all():
 
     ids = torch.tensor([1.0, 2.0])
     for base in (ByName(), Neither()):
-        joined = join(base, ValueRows(), SimpleNamespace(needed=None, sampled=False), [FakeNetwork(1)], (0.0,))
+        joined = join(base, ValueRows(), no_steps(), [FakeNetwork(1)], (0.0,))
         # As vLLM calls it.
         assert joined(input_ids=ids, positions=ids, intermediate_tensors=None, inputs_embeds=None).shape[1] == 4 + 3
+
+
+def test_a_base_is_given_embeddings_or_token_ids():
+    """vLLM hands a multimodal base both, as the joined model asks for; it gets what its own class asks for."""
+
+    class Sees(nn.Module):
+        def forward(self, input_ids, positions, inputs_embeds=None):
+            self.given = (input_ids is not None, inputs_embeds is not None)
+            return torch.zeros(2, 4)
+
+        def compute_logits(self, hidden):
+            return 2.0 * torch.tensor([[1.0], [2.0]])
+
+    class SeesAndReads(Sees):
+        requires_raw_input_tokens = True
+
+    ids = torch.tensor([1.0, 2.0])
+    for base, with_embeds in ((Sees(), (False, True)), (SeesAndReads(), (True, True))):
+        model = join(base, ValueRows(), no_steps(), [FakeNetwork(1)], (0.0,))
+        assert model.requires_raw_input_tokens
+        for embeds, given in ((torch.zeros(2, 4), with_embeds), (None, (True, False))):
+            assert torch.equal(model(ids, ids, inputs_embeds=embeds)[:, 4], 10 * ids + 1) and model.given == given
 
 
 def test_a_base_that_is_compiled_as_a_whole_runs_the_joined_forward():
@@ -84,14 +111,14 @@ def test_a_base_that_is_compiled_as_a_whole_runs_the_joined_forward():
     ids = torch.tensor([1.0, 2.0])
     model = Compiled()
     assert model(ids, ids).shape[1] == 4
-    join(model, ValueRows(), SimpleNamespace(needed=None, sampled=False), [FakeNetwork(1)], (0.0,))
+    join(model, ValueRows(), no_steps(), [FakeNetwork(1)], (0.0,))
     assert model(ids, ids).shape[1] == 4 + 3
 
 
 def test_drafters_get_what_the_base_has_for_them_or_its_hidden_states():
     held = StableInput(4)
     held.hold(torch.ones(2, 3))
-    steps = SimpleNamespace(needed=None, sampled=False)
+    steps = no_steps()
 
     class Plain(nn.Module):
         pass
@@ -130,6 +157,9 @@ def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cach
                 def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
                     return vllm_config
 
+                def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+                    return common_prefix_len, common_attn_metadata, fast_build
+
             return Plain
 
     engine = SimpleNamespace(model_config="base", cache_config=SimpleNamespace(layout=None, cache_dtype="fp8"))
@@ -157,6 +187,11 @@ def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cach
     engine.cache_config.num_gpu_blocks = 4  # FlexAttention asks for it later still
     assert made.cache_config.num_gpu_blocks == 4
     assert own.cache_config.layout is None and engine.cache_config.cache_dtype == "fp8"
+    # Tokens of an image, which see each other in some bases: a network takes them for text.
+    common = SimpleNamespace(mm_req_doc_ranges={0: [(2, 7)]}, num_reqs=3)
+    prefix, seen, fast = builder(None, [], engine, "cpu").build(5, common_attn_metadata=common, fast_build=True)
+    assert (prefix, seen.mm_req_doc_ranges, seen.num_reqs, fast) == (5, None, 3, True)
+    assert common.mm_req_doc_ranges == {0: [(2, 7)]}
 
 
 def test_layers_that_a_quantized_checkpoint_leaves_as_they_are(models, tmp_path):

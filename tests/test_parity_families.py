@@ -1,7 +1,7 @@
 """Bases that are more than attention over text: token-identical to the reference."""
 
 import pytest
-from parity import Reference, Request, assert_parity, engine, metric, random_requests, run
+from parity import Reference, Request, add_images, assert_parity, engine, metric, mismatches, random_requests, run
 from tiny import make_model
 
 import ivl_vllm
@@ -71,3 +71,24 @@ def test_text_only_mode_of_multimodal_models(families, models):
         outputs = run(llm, requests)
     assert_parity(reference, requests, outputs)
     assert sum(o.num_cached_tokens for o in outputs) > 0
+
+
+def test_images(families, models):
+    """The base sees images, at positions of three axes; value networks read what stands for them, at its place."""
+    values = {"math": {"model": str(models["value"])}, "style": {"model": str(families["multimodal_value"])}}
+    reference = Reference(families["multimodal"], math=models["value"], style=families["multimodal_value"])
+    requests = random_requests(40, seed=33, names=("math", "style"))
+    images = add_images(requests)
+    with engine(
+        families["multimodal"],
+        **ivl_vllm.engine_args(values=values),
+        max_num_batched_tokens=32,
+        disable_chunked_mm_input=False,
+    ) as llm:
+        outputs = run(llm, requests)
+    assert_parity(reference, requests, outputs)
+    assert sum(o.num_cached_tokens for o in outputs) > 0
+    # Other images, other tokens: else the base would not have seen them.
+    for request in requests:
+        request.images = [images[2 - images.index(image)] for image in request.images]
+    assert mismatches(reference, requests, outputs)

@@ -58,6 +58,10 @@ REFUSED = {
         {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
         ["'LMCacheConnectorV1'", "layers and heads of the base", "OffloadingConnector"],
     ),
+    "encoder_and_decoder": (
+        {"additional_config": {"ivl": {"value_model": "WHISPER"}}},
+        ["encoder-decoder", "WHISPER", "use a decoder-only language model"],
+    ),
     "states_beside_none": (
         {"additional_config": {"ivl": {"value_model": "HYBRID"}}},
         ["layers with a state", "GraniteMoeHybridForCausalLM", "use a transformer"],
@@ -69,7 +73,7 @@ REFUSED = {
 def folders(tmp_path_factory):
     """Folders that no engine takes, by the names that the table above uses for them."""
     import torch
-    from transformers import LlamaConfig, Qwen2AudioConfig, Qwen2Config
+    from transformers import LlamaConfig, WhisperConfig
 
     root = tmp_path_factory.mktemp("refused")
     make_model(root / "SHORT", positions=128)
@@ -82,19 +86,11 @@ def folders(tmp_path_factory):
     make_model(root / "PICKLED")
     (root / "PICKLED" / "model.safetensors").unlink()
     torch.save({}, root / "PICKLED" / "pytorch_model.bin")
-    text = Qwen2Config(
-        hidden_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_hidden_layers=1,
-        intermediate_size=64,
-        vocab_size=320,
-    )
-    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
-    config = Qwen2AudioConfig(audio_config=audio, text_config=text.to_dict(), audio_token_index=300)
-    config.architectures = ["Qwen2AudioForConditionalGeneration"]
-    config.save_pretrained(root / "SOUNDS")
-    make_tokenizer(root / "SOUNDS")
+    hears = {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 2, "max_source_positions": 64}
+    config = WhisperConfig(**hears, decoder_layers=1, decoder_attention_heads=2, vocab_size=320)
+    config.architectures = ["WhisperForConditionalGeneration"]
+    config.save_pretrained(root / "WHISPER")
+    make_tokenizer(root / "WHISPER")
     eagle = LlamaConfig(
         hidden_size=128,
         num_attention_heads=4,
@@ -121,13 +117,6 @@ def test_refused_at_start(models, folders, case):
         create(models["base"], **arguments)
     for name in names:
         assert name in str(error.value)
-
-
-def test_a_multimodal_base_is_refused_but_in_text_only_mode(models, folders):
-    steered = ivl_vllm.engine_args(value_model=str(models["value"]))
-    with pytest.raises(ValueError, match="ivl: the base model .* is multimodal.*--language-model-only"):
-        create(folders / "SOUNDS", **steered)
-    assert create(folders / "SOUNDS", **steered, language_model_only=True).additional_config["ivl"]
 
 
 def test_states_of_another_kind_are_refused_where_they_are_copied(monkeypatch):
@@ -207,6 +196,15 @@ def test_ranks_that_join_a_running_engine_are_refused(models):
     config = create(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"])))
     config.parallel_config.enable_elastic_ep = True
     with pytest.raises(ValueError, match="enable_elastic_ep is on.*without --enable-elastic-ep"):
+        _check_features(config)
+
+
+def test_steps_in_two_halves_are_refused(models):
+    from ivl_vllm.serving.checks import _check_features
+
+    config = create(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"])))
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(ValueError, match="enable_dbo is True.*without --enable-dbo"):
         _check_features(config)
 
 

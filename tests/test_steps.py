@@ -26,11 +26,23 @@ def test_a_model_that_is_compiled_as_a_whole_always_runs_all_networks(models, mo
     assert Steps.of(found).skip == skips
 
 
+def test_value_networks_get_places_in_the_sequence(models):
+    """Also where the base counts along the axes of an image, at an address that stays."""
+    steps, axes = Steps.of(config(models)), torch.zeros(3, 4, dtype=torch.long)
+    assert torch.equal(steps.text_positions(axes[0]), axes[0])
+    assert torch.equal(steps.text_positions(axes), axes[0])  # while memory is measured
+    kept = torch.arange(8)
+    for runner in (SimpleNamespace(positions=kept), SimpleNamespace(input_buffers=SimpleNamespace(positions=kept))):
+        steps.follow(runner)
+        found = steps.text_positions(axes)
+        assert found.tolist() == [0, 1, 2, 3] and found.data_ptr() == kept.data_ptr()
+
+
 class Worker:
     """Stands for vLLM's: its warm-up takes two steps by `execute_model`, as that of runner V2 does."""
 
     def __init__(self, vllm_config):
-        self.vllm_config, self.model_runner, self.seen = vllm_config, SimpleNamespace(), []
+        self.vllm_config, self.model_runner, self.seen = vllm_config, SimpleNamespace(positions=None), []
 
     def execute_model(self, scheduled):
         self.seen.append(Steps.of(self.vllm_config).needed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
@@ -22,12 +23,15 @@ from transformers import (
     MistralForCausalLM,
     PaddleOCRVLConfig,
     PaddleOCRVLForConditionalGeneration,
+    PaddleOCRVLProcessor,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 
 VOCAB = 320
+IMAGE_TOKEN = 3
 TEXT = [
     "the quick brown fox jumps over the lazy dog and says hello to the world",
     '{"name": "Ada", "age": 36, "tags": ["a", "b", "c"], "ok": true, "none": null}',
@@ -39,12 +43,17 @@ CHAT = (
 )
 
 
-def make_tokenizer(folder: Path, vocab_size: int = VOCAB, text: list[str] = TEXT) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with an end token and a chat template, trained on the spot."""
+def make_tokenizer(
+    folder: Path, vocab_size: int = VOCAB, text: list[str] = TEXT, sees: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with an end token and a chat template, trained on the spot.
+
+    With `sees` the last special token stands for a piece of an image.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|image|>" if sees else "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         text * 8,
@@ -52,7 +61,8 @@ def make_tokenizer(folder: Path, vocab_size: int = VOCAB, text: list[str] = TEXT
             vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         ),
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    more = {"extra_special_tokens": {"image_token": "<|image|>"}} if sees else {}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", **more)
     fast.chat_template = CHAT
     fast.save_pretrained(folder)
     return fast
@@ -75,6 +85,7 @@ def make_model(
     vocab_size: int = VOCAB,
     positions: int = 512,
     window: int | None = None,
+    tied: bool = True,
     dtype: torch.dtype = torch.float32,
     tokenizer: bool = True,
     scale: float = 0.15,
@@ -84,7 +95,7 @@ def make_model(
     Args:
         folder: where it is written.
         kind: "llama", "mistral" (takes a sliding `window`), "gemma2" (takes it in every other layer, caps its logits),
-            "qwen2" (has biases, ties its embeddings), "granite" (scales its logits), "gemma" (scales its embeddings),
+            "qwen2" (has biases), "granite" (scales its logits), "gemma" (scales its embeddings),
             "hybrid" (every other layer is Mamba 2) or "multimodal" (sees images; its positions have three axes).
         seed: of its weights.
         hidden: width; the head size is `hidden // heads`.
@@ -94,6 +105,7 @@ def make_model(
         vocab_size: columns of its logits; more than the tokenizer's tokens is padding.
         positions: context length.
         window: sliding window in tokens.
+        tied: whether a "qwen2" ties its embeddings.
         dtype: of the checkpoint.
         tokenizer: save the tokenizer beside it.
         scale: standard deviation of the weights.
@@ -117,7 +129,7 @@ def make_model(
     elif kind == "mistral":
         model = MistralForCausalLM(MistralConfig(**common, sliding_window=window))
     elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
+        model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=tied))
     elif kind == "gemma":
         model = GemmaForCausalLM(GemmaConfig(**common, head_dim=hidden // heads))
     elif kind == "gemma2":
@@ -145,8 +157,8 @@ def make_model(
         model = PaddleOCRVLForConditionalGeneration(
             PaddleOCRVLConfig(
                 text_config=common | rope | {"head_dim": hidden // heads, "tie_word_embeddings": True},
-                vision_config=seen | {"image_size": 28, "patch_size": 14},
-                image_token_id=vocab_size - 1,
+                vision_config=seen | {"image_size": 56, "patch_size": 14},
+                image_token_id=IMAGE_TOKEN,
                 video_token_id=vocab_size - 2,
                 vision_start_token_id=vocab_size - 3,
                 vision_end_token_id=vocab_size - 4,
@@ -156,35 +168,69 @@ def make_model(
     else:
         raise ValueError(kind)
     if tokenizer:
-        make_tokenizer(folder)
+        read = make_tokenizer(folder, sees=kind == "multimodal")
+    if kind == "multimodal":
+        see = PaddleOCRVLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28})
+        PaddleOCRVLProcessor(see, read).save_pretrained(folder)
     return _save(model, folder, dtype)
+
+
+def _draft_layer(config: LlamaConfig | Qwen2Config, layer: str, width: int) -> dict[str, tuple[int, ...]]:
+    """Weights of a transformer layer whose attention reads `width` numbers a token: name -> shape."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = hidden // config.num_attention_heads
+    attention, feed = f"{layer}.self_attn", f"{layer}.mlp"
+    return {
+        f"{attention}.q_proj.weight": (hidden, width),
+        f"{attention}.k_proj.weight": (head * config.num_key_value_heads, width),
+        f"{attention}.v_proj.weight": (head * config.num_key_value_heads, width),
+        f"{attention}.o_proj.weight": (hidden, hidden),
+        f"{feed}.gate_proj.weight": (inner, hidden),
+        f"{feed}.up_proj.weight": (inner, hidden),
+        f"{feed}.down_proj.weight": (hidden, inner),
+        f"{layer}.post_attention_layernorm.weight": (hidden,),
+    }
+
+
+def _random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """Matrices at random; ones for norms."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * 0.15
+        for name, shape in shapes.items()
+    }
 
 
 def make_eagle(folder: Path, base: Path, method: str, seed: int = 0) -> Path:
     """A drafter with random weights of the kind "eagle" or "eagle3", of one layer, for a Llama."""
     config = LlamaConfig.from_pretrained(base)
     config.num_hidden_layers, config.architectures = 1, ["LlamaForCausalLM"]
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head = config.hidden_size // config.num_attention_heads
+    hidden = config.hidden_size
     # EAGLE joins the embedding to the base's last hidden states, EAGLE 3 three of its layers', and the result to it.
     layer, reads, width = ("layers.0", 2, hidden) if method == "eagle" else ("midlayer", 3, 2 * hidden)
-    shapes = {
-        "fc": (hidden, reads * hidden),
-        f"{layer}.self_attn.q_proj": (hidden, width),
-        f"{layer}.self_attn.k_proj": (head * config.num_key_value_heads, width),
-        f"{layer}.self_attn.v_proj": (head * config.num_key_value_heads, width),
-        f"{layer}.self_attn.o_proj": (hidden, hidden),
-        f"{layer}.mlp.gate_proj": (inner, hidden),
-        f"{layer}.mlp.up_proj": (inner, hidden),
-        f"{layer}.mlp.down_proj": (hidden, inner),
-    }
-    norms = [f"{layer}.post_attention_layernorm"]
+    shapes = {"fc.weight": (hidden, reads * hidden)} | _draft_layer(config, layer, width)
     if method == "eagle3":
-        shapes["lm_head"] = (config.vocab_size, hidden)
-        norms += ["norm", f"{layer}.input_layernorm", f"{layer}.hidden_norm"]
-    generator = torch.Generator().manual_seed(seed)
-    weights = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.15 for name, shape in shapes.items()}
-    weights |= {f"{name}.weight": torch.ones(hidden) for name in norms}
+        norms = ("norm", f"{layer}.input_layernorm", f"{layer}.hidden_norm")
+        shapes |= {"lm_head.weight": (config.vocab_size, hidden)} | {f"{name}.weight": (hidden,) for name in norms}
     config.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors")
+    save_file(_random_weights(shapes, seed), folder / "model.safetensors")
+    return folder
+
+
+def make_mtp(folder: Path, seed: int = 0) -> Path:
+    """A base with a head that predicts one token more: a MiMo, which transformers reads as the Qwen 2 that it is."""
+    make_model(folder, "qwen2", seed=seed, hidden=128, layers=3, heads=4, tied=False)
+    config = Qwen2Config.from_pretrained(folder)
+    layer, hidden = "model.mtp_layers.0", config.hidden_size
+    shapes = {f"{layer}.input_proj.weight": (hidden, 2 * hidden)} | _draft_layer(config, layer, hidden)
+    shapes |= {
+        f"{layer}.self_attn.{name}_proj.bias": shapes[f"{layer}.self_attn.{name}_proj.weight"][:1] for name in "qkv"
+    }
+    norms = ("token_layernorm", "hidden_layernorm", "input_layernorm", "final_layernorm")
+    shapes |= {f"{layer}.{name}.weight": (hidden,) for name in norms}
+    weights = load_file(folder / "model.safetensors") | _random_weights(shapes, seed)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder

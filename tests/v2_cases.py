@@ -5,7 +5,7 @@ import random
 
 import pytest
 from cascade_models import mark_scheme
-from parity import Reference, Request, assert_parity, engine, metric, random_requests, run
+from parity import Reference, Request, add_images, assert_parity, engine, metric, random_requests, run
 from solved_reference import SolvedReference, solved_requests
 from tiny import make_model
 from vocab_map_models import VALUE_VOCAB, make_other, random_map
@@ -186,6 +186,17 @@ def test_layers_with_a_state(tmp_path):
         outputs = run(llm, requests)
     assert_parity(Reference(base, default=value), requests, outputs)
     assert outputs[-1].num_cached_tokens == 128
+
+
+def test_images(models, tmp_path):
+    base = make_model(tmp_path / "base", "multimodal", seed=24)
+    requests = random_requests(12, seed=33, last_arrival=8)
+    add_images(requests)
+    for request in requests:
+        request.params["max_tokens"] = 4
+    with engine(base, **ivl_vllm.engine_args(value_model=str(models["value"])), max_num_batched_tokens=32) as llm:
+        outputs = run(llm, requests)
+    assert_parity(Reference(base, default=models["value"]), requests, outputs)
 
 
 @pytest.mark.parametrize("drafts", [True, False])

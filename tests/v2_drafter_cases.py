@@ -2,7 +2,7 @@
 
 import pytest
 from parity import Reference, Request, assert_parity, engine, metric, random_requests, run
-from tiny import make_eagle, make_model
+from tiny import make_eagle, make_model, make_mtp
 
 import ivl_vllm
 
@@ -50,21 +50,25 @@ def drafts_of(llm, requests):
     return seen
 
 
-@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
 def test_drafters_that_read_the_bases_hidden_states(models, tmp_path, method):
     """They get those of the base alone: beside a value network that runs in every step they propose the same tokens."""
-    head = make_eagle(tmp_path / "head", models["base"], method)
-    speculation = {"speculative_config": {"method": method, "model": str(head), "num_speculative_tokens": 2}}
+    if method == "mtp":
+        base, head = make_mtp(tmp_path / "base"), {"num_speculative_tokens": 1}
+    else:
+        base = models["base"]
+        head = {"num_speculative_tokens": 2, "model": str(make_eagle(tmp_path / "head", base, method))}
+    speculation = {"speculative_config": {"method": method, **head}}
     requests = random_requests(5, seed=23, last_arrival=3, longest=40)
     for request in requests:
         request.params["max_tokens"] = 5
     unsteered = [Request(r.prompt, {}, ..., r.params, r.arrives) for r in requests]
-    with engine(models["base"], **speculation) as llm:
+    with engine(base, **speculation) as llm:
         expected = drafts_of(llm, unsteered)
     value = ivl_vllm.engine_args(value_model=str(models["value"]), skip_unsteered=False)
-    with engine(models["base"], **value, **speculation, disable_log_stats=False) as llm:
+    with engine(base, **value, **speculation, disable_log_stats=False) as llm:
         assert drafts_of(llm, unsteered) == expected
         outputs = run(llm, requests)
         assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
-    assert_parity(Reference(models["base"], default=models["value"]), requests, outputs)
+    assert_parity(Reference(base, default=models["value"]), requests, outputs)
     assert len({token for step in expected for row in step for token in row}) > 10  # no constant

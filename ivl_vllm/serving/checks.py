@@ -9,7 +9,7 @@ from vllm import envs
 
 from ivl_vllm.plugin import ENGINE_KEY, LOAD_FORMAT
 from ivl_vllm.serving import admission
-from ivl_vllm.serving.network_checks import check_network, check_text_only, fingerprint, has_states
+from ivl_vllm.serving.network_checks import check_decoder_only, check_network, fingerprint, has_states
 from ivl_vllm.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _check_features(config: VllmConfig) -> None:
         raise ValueError(
             f"ivl: {model.model} runs as a pooling model, which has no logits to add to: use --runner generate"
         )
-    check_text_only(model, f"the base model {model.model}")
+    check_decoder_only(model, f"the base model {model.model}")
     if model.enable_prompt_embeds:
         raise ValueError(
             "ivl: enable_prompt_embeds is on, but a value network reads token ids: start without --enable-prompt-embeds"
@@ -117,6 +117,11 @@ def _check_features(config: VllmConfig) -> None:
         raise ValueError(
             f"ivl: pipeline_parallel_size is {parallel.pipeline_parallel_size}, but a value network is not split into "
             "stages: use --pipeline-parallel-size 1 (--tensor-parallel-size works)"
+        )
+    if parallel.use_ubatching:
+        raise ValueError(
+            f"ivl: enable_dbo is {parallel.enable_dbo} (ubatch_size {parallel.ubatch_size}), which runs the parts of a "
+            "step in threads that would share the value networks' inputs: start without --enable-dbo and --ubatch-size"
         )
     if getattr(parallel, "enable_batch_sharded_sampling", False):
         raise ValueError(

@@ -146,6 +146,8 @@ class JoinedModel:
     """Mixed into the base model's class, so that vLLM (and LoRA, and quantization) sees the base that it knows."""
 
     _ivl: _Join
+    # vLLM hands multimodal bases embeddings, and token ids besides only if they ask for these, as value networks do.
+    requires_raw_input_tokens = True
 
     def forward(
         self,
@@ -155,7 +157,7 @@ class JoinedModel:
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """`[base hidden | value hidden | ...]` of `[tokens]` ids at `[tokens]` positions.
+        """`[base hidden | value hidden | ...]` of `[tokens]` ids at `[tokens]` or `[axes, tokens]` positions.
 
         Each network's hidden states are copied out before the next one runs. Captured in pieces, a model's last CUDA
         graph leaves its output in memory that the graphs of the next model may use. A step that needs no network
@@ -168,7 +170,8 @@ class JoinedModel:
         for name, given in (("intermediate_tensors", intermediate_tensors), ("inputs_embeds", inputs_embeds)):
             if given is not None:
                 kwargs[name] = given
-        base, auxiliary = super().forward(input_ids, positions, **kwargs), None
+        reads_ids = inputs_embeds is None or getattr(super(), "requires_raw_input_tokens", False)
+        base, auxiliary = super().forward(input_ids if reads_ids else None, positions, **kwargs), None
         if isinstance(base, tuple):
             base, auxiliary = base
         if join.for_drafter is not None:
@@ -182,6 +185,7 @@ class JoinedModel:
         room = [] if first else join.allocate(base)
         parts = [base.clone() if first else room[0].copy_(base)]
         base = parts[0].to(base.dtype)
+        positions = join.steps.text_positions(positions)
         for place, number in enumerate(active, 1):
             value = join.rows.networks[number].forward(input_ids, positions, base, base_logits)
             parts.append(value.clone() if first else room[place].copy_(value))

@@ -21,7 +21,7 @@ from ivl_vllm.serving.cached_layers import check_states, keep_whole_context, use
 from ivl_vllm.serving.checks import READING_DRAFTERS, engine_settings
 from ivl_vllm.serving.joined_model import ValueRows, join
 from ivl_vllm.serving.network import Network, StableInput
-from ivl_vllm.serving.network_checks import network_config, network_scheme
+from ivl_vllm.serving.network_checks import is_multimodal, network_config, network_scheme
 from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
 from ivl_vllm.serving.solved_weights import warm_up_solvers
 from ivl_vllm.serving.steps import Steps, watch_steps
@@ -169,6 +169,7 @@ def _load_network(
         vllm_config.model_config.get_vocab_size(),
         scheme,
         vocab_map,
+        is_multimodal(vllm_config.model_config),
     )
 
 

@@ -52,6 +52,7 @@ class Network:
         base_columns: columns of the base's logits, and the number of token ids that the base knows.
         scheme: how it is joined to the base.
         vocab_map: for a network of another vocabulary.
+        multimodal: the base is given images or the like, of which a value network reads the ids that stand for them.
 
     Attributes:
         head: `[vocab, hidden]` projection matrix when one fused kernel can project and add; else None.
@@ -65,6 +66,7 @@ class Network:
         base_columns: int,
         scheme: str = "residual",
         vocab_map: VocabMap | None = None,
+        multimodal: bool = False,
     ):
         self.model = model
         self._ids = StableInput(max_tokens)
@@ -72,8 +74,9 @@ class Network:
         self._expected = None if scheme == "residual" else ExpectedEmbedding(model, with_text=scheme == "cascade+text")
         self._other = None if vocab_map is None else OtherVocabulary(vocab_map, model, base_columns)
         vocab_size = model_config.get_vocab_size()
-        # Where the base knows more ids of the same vocabulary, those that this network lacks are read as its last one.
-        self._last_id = vocab_size - 1 if vocab_size < base_columns else None
+        # Ids that it lacks are read as its last one: the base may know more, and images may have ids beyond all tokens.
+        known = vocab_size if vocab_map is None else base_columns
+        self._last_id = known - 1 if known < base_columns or multimodal else None
         self.head, reason = _plain_head(model, vocab_size)
         if self.head is not None and self._other is not None and self._other.mean:
             self.head = self._other.with_mean(self.head.t()).t().contiguous()
@@ -93,20 +96,17 @@ class Network:
 
         Args:
             input_ids: int `[tokens]`.
-            positions: int `[tokens]`, or `[axes, tokens]` where the base takes those of images (M-RoPE): all the same
-                in text.
+            positions: int `[tokens]`.
             base_hidden: `[tokens, hidden of the base]`, read by cascade value networks.
             base_logits: the base's output projection, likewise.
         """
         ids, embeds = input_ids, None
+        if self._last_id is not None:
+            ids = ids.clamp(max=self._last_id)
         if self._other is not None:
-            ids, embeds = self._other.read(input_ids)
-        elif self._last_id is not None:
-            ids = input_ids.clamp(max=self._last_id)
+            ids, embeds = self._other.read(ids)
         if self._expected is not None:
             embeds = self._expected(base_hidden, ids, base_logits)
-        if positions.dim() == 2:
-            positions = positions[0]
         if embeds is not None:
             ids, embeds = None, self._embeds.hold(embeds)
         elif ids is not input_ids:

@@ -105,7 +105,7 @@ def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource) -
     what = f"the value network {source.model!r}"
     if value.runner_type != "generate":
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
-    check_text_only(value, what)
+    check_decoder_only(value, what)
     if "Gemma3nForConditionalGeneration" in value.architectures:
         raise ValueError(
             f"ivl: {what} is a Gemma 3n, whose multimodal class in vLLM takes no token ids: use another value network"
@@ -169,23 +169,21 @@ def fingerprint(sources: Iterable[NetworkSource]) -> str:
     return digest.hexdigest()
 
 
-def check_text_only(model: ModelConfig, what: str) -> None:
-    """Refuses a model that reads more than the text so far.
+def check_decoder_only(model: ModelConfig, what: str) -> None:
+    """Refuses a model that reads another sequence besides the tokens so far.
 
     Raises:
         ValueError: says which, and the fix.
     """
     if model.is_encoder_decoder:
         raise ValueError(f"ivl: {what} is an encoder-decoder model: use a decoder-only language model")
+
+
+def is_multimodal(model: ModelConfig) -> bool:
+    """Whether it is given images or the like, for which placeholders stand among its tokens."""
     if hasattr(model, "supports_multimodal_inputs"):
-        reads_more = model.supports_multimodal_inputs
-    else:  # vLLM before 0.32
-        reads_more = MULTIMODAL_REGISTRY.supports_multimodal_inputs(model)
-    if reads_more:
-        raise ValueError(
-            f"ivl: {what} is multimodal ({', '.join(model.architectures)}), and a value network reads token ids only: "
-            "start with --language-model-only, or use a text model"
-        )
+        return model.supports_multimodal_inputs
+    return MULTIMODAL_REGISTRY.supports_multimodal_inputs(model)  # vLLM before 0.32
 
 
 def _check_scheme(config: VllmConfig, folder: str) -> None:

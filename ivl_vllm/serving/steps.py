@@ -22,6 +22,7 @@ from ivl_vllm.serving.graphs import choose_graphs
 from ivl_vllm.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -113,6 +114,8 @@ class Steps:
             with other networks.
         needed: numbers of the networks that the step in progress needs; None outside of steps (profiling, warm-up,
             capture of CUDA graphs), where all of them run.
+        positions: `[most tokens]`, where the model runner writes each token's place in its sequence; None before
+            warm-up.
         sampled: whether the step in progress has computed its logits to sample from. What comes after them is prompt
             log-probabilities.
     """
@@ -129,6 +132,7 @@ class Steps:
         self._of_request: dict[str, frozenset[int]] = {}
         self._is_warming_up = False
         self.needed: frozenset[int] | None = None
+        self.positions: torch.Tensor | None = None
         self.sampled = False
 
     @classmethod
@@ -154,6 +158,21 @@ class Steps:
         everything = frozenset(range(len(self.settings.networks)))
         used = (self._of_request.get(request, everything) for request in scheduled.num_scheduled_tokens)
         self.needed = frozenset().union(*used)
+
+    def follow(self, runner: Any) -> None:
+        """Learns where the model runner keeps positions: V1 in an attribute of its own, V2 among its buffers."""
+        self.positions = getattr(runner, "input_buffers", runner).positions
+
+    def text_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """`[tokens]` places in the sequence, whatever the base's own positions are.
+
+        Args:
+            positions: as the base takes them: these, or `[axes, tokens]` of text and images (M-RoPE).
+        """
+        if positions.dim() == 1:
+            return positions
+        # While vLLM measures memory the runner is not known yet, and any numbers do.
+        return positions[0] if self.positions is None else self.positions[: positions.shape[1]]
 
     @property
     def is_partial(self) -> bool:
@@ -191,6 +210,7 @@ def watch_steps() -> None:
         steps = Steps.of(self.vllm_config)
         if steps is None:
             return execute(self, scheduler_output, *args, **kwargs)
+        steps.follow(self.model_runner)
         if steps.skip:
             choose_graphs(self.model_runner, steps)
         steps.begin(scheduler_output)
@@ -202,7 +222,10 @@ def watch_steps() -> None:
     @functools.wraps(warm_up)
     def compile_or_warm_up_model(self: Worker, *args: Any, **kwargs: Any) -> Any:
         steps = Steps.of(self.vllm_config)
-        with contextlib.nullcontext() if steps is None else steps.warming_up():
+        if steps is None:
+            return warm_up(self, *args, **kwargs)
+        steps.follow(self.model_runner)
+        with steps.warming_up():
             return warm_up(self, *args, **kwargs)
 
     execute_model.ivl = True
