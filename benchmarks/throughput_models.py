@@ -208,9 +208,9 @@ def folder(shape: Shape, positions: int, seed: int, scheme: str = "residual", we
         _write_weights(config, seed, partial)
     (partial / "config.json").write_text(json.dumps(config, indent=2))
     if scheme != "residual":
-        provenance = {"base": "random", "scheme": scheme, "norm": "none", "norm_weight": 0.0, "format_version": 1}
-        provenance |= {"vocab_size": shape.vocabulary, "vocabulary_fingerprint": "0" * 64}
-        (partial / "ivl_config.json").write_text(json.dumps(provenance))
+        from ivl_vllm.training.ivl_config import IVLConfig
+
+        IVLConfig("random", scheme, "none", 0.0, shape.vocabulary, "0" * 64).write(partial)
     try:
         partial.rename(target)
     except OSError:  # another process was faster

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for input that the user can mend and 1 for training that diverged, each told in one line
         on stderr.
     """
+    # Before any command imports the hub's client, which reads it once.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     parser = argparse.ArgumentParser(
         prog="ivl",
         description="Inverse Value Learning: train small value networks, serve them beside big bases in vLLM.",
@@ -90,10 +92,8 @@ def _train(words: list[str]) -> int:
     if "--help-all" in words or "--help_all" in words:
         _train_help(everything=True)
         return 0
-    # Before the import below, as the hub's client reads it once.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from ivl_vllm.training.command import prepare
-    from ivl_vllm.training.saving import TrainingDivergedError
+    from ivl_vllm.training.divergence import TrainingDivergedError
 
     try:
         with _user_errors():

@@ -22,22 +22,22 @@ ALIAS = "ivl"
 PROCESSOR = "ivl_vllm:IVLLogitsProcessor"
 LOAD_FORMAT = "ivl"
 UNASKED_FORMATS = ("dummy", "sharded_state", "runai_streamer_sharded")
-# What the user had set where the plugin put its own: kept apart from the settings, which only the user writes.
+# Kept apart from the settings, which only the user writes: what the user had set where the plugin put its own, and
+# what tells sets of value networks apart.
 ENGINE_KEY = "ivl_engine"
 
 
 def register() -> None:
     """Makes vLLM know `ivl`. Safe to call more than once in a process."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor import model_loader
+    from vllm.model_executor.model_loader import register_model_loader
 
     create = EngineArgs.create_engine_config
     if getattr(create, "ivl", False):
         return
-    if LOAD_FORMAT not in model_loader._LOAD_FORMAT_TO_MODEL_LOADER:
-        from ivl_vllm.serving.loader import IVLModelLoader
+    from ivl_vllm.serving.loader import IVLModelLoader
 
-        model_loader.register_model_loader(LOAD_FORMAT)(IVLModelLoader)
+    register_model_loader(LOAD_FORMAT)(IVLModelLoader)
 
     @functools.wraps(create)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:

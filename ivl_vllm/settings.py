@@ -14,11 +14,11 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from ivl_vllm.steering import Steering, finite, parse_steering
+from ivl_vllm.tokenizer import HUB_ID
 
 _VALUE_FIELDS = ("model", "minus", "vocab_map")
 _FIELDS = ("value_model", "values", "default_weight", "max_weight", "skip_unsteered", "trace_file")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class NetworkSource(NamedTuple):
@@ -202,7 +202,7 @@ def _parse_value(name: Any, spec: Any, where: str) -> Value:
             continue
         if not isinstance(path, str) or not path:
             raise ValueError(f"ivl: {key} of {setting} is {path!r}: use a path as a string")
-        if key != "vocab_map" and not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
+        if key != "vocab_map" and not os.path.isdir(path) and not HUB_ID.fullmatch(path):
             shown = setting if where != "values" and key == "model" else f"{key} of {setting}"
             raise ValueError(
                 f"ivl: {shown} is {path!r}: there is no such folder; give a folder with config.json or a hub id"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -22,7 +22,7 @@ def find_folder(name: str | Path) -> Path | None:
     path = Path(os.path.expanduser(name))  # which leaves unknown users as they are
     if str(name) and path.is_dir():
         return path
-    if str(name).startswith((".", "/", "~")) or not HUB_ID.fullmatch(str(name)):
+    if not HUB_ID.fullmatch(str(name)):
         raise ValueError("no such folder; give the folder of a model, or its id on the hub")
     return None
 
@@ -50,3 +50,15 @@ def read_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
             raise ValueError("the folder has no tokenizer") from error
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise ValueError(f"its tokenizer cannot be read ({reason})") from error
+
+
+def read_tokenizer_of(name: str, flag: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The same for what a flag of the command line names.
+
+    Raises:
+        ValueError: As `read_tokenizer`, with flag and name.
+    """
+    try:
+        return read_tokenizer(name, trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {error}") from error

@@ -180,12 +180,10 @@ def _write_html(traces: dict[str, list[_Piece]], legend: list[str], full: float,
 
 def _write_png(traces: dict[str, list[_Piece]], legend: list[str], full: float, output: Path) -> None:
     try:
-        import matplotlib
+        from matplotlib.collections import PolyCollection
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("a PNG needs matplotlib: pip install 'ivl-vllm[train]', or write .html") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.collections import PolyCollection
 
     rows: list[list[tuple[int, str, _Piece | None]]] = []
     for name, pieces in traces.items():
@@ -204,7 +202,8 @@ def _write_png(traces: dict[str, list[_Piece]], legend: list[str], full: float, 
     with warnings.catch_warnings():
         # Said below, once and not for every character.
         warnings.filterwarnings("ignore", r"Glyph \d|Matplotlib currently does not support")
-        figure, axes = plt.subplots(figsize=(COLUMNS * 0.1 + 0.5, len(rows) * 0.28 + 0.8))
+        figure = Figure(figsize=(COLUMNS * 0.1 + 0.5, len(rows) * 0.28 + 0.8))
+        axes = figure.subplots()
         axes.set(xlim=(0, COLUMNS), ylim=(len(rows), -1))
         axes.axis("off")
         axes.set_title("\n".join(legend), fontsize=8, loc="left")
@@ -224,7 +223,6 @@ def _write_png(traces: dict[str, list[_Piece]], legend: list[str], full: float, 
         if lines:
             axes.hlines(*zip(*lines, strict=True), color="black", lw=0.8)
         figure.savefig(output, dpi=150, bbox_inches="tight")
-        plt.close(figure)
     hard = shown - _drawable(shown)
     if hard:
         print(

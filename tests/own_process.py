@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 
-
-# Model runner V2, whose kernels need Triton's interpreter from the first import on.
-ON_V2 = {
-    "PYTHONPATH": os.pathsep.join([str(HERE / "v2_on_cpu"), os.environ.get("PYTHONPATH", "")]),
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-}
+# Model runner V2, whose kernels need Triton's interpreter, from the first import on, where there is no GPU.
+ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+if not torch.cuda.is_available():
+    ON_V2["PYTHONPATH"] = os.pathsep.join([str(HERE / "v2_on_cpu"), os.environ.get("PYTHONPATH", "")])
+    ON_V2["TRITON_INTERPRET"] = "1"
 
 
 def assert_all_pass(cases: str, count: int, variables: dict[str, str] | None = None) -> None:

@@ -17,6 +17,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Unless a test process says otherwise: with Triton vLLM would choose its runner V2.
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+# On a GPU: products in vLLM's Triton kernels are as exact as the reference's, where Triton would take TF32, and the
+# sampler is vLLM's own.
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 # Models this small gain nothing from a second thread, and lose much when it shares a core with something else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -32,6 +36,7 @@ ENGINE = {
     "enforce_eager": True,
     "max_model_len": 256,
     "kv_cache_memory_bytes": 32 << 20,
+    "gpu_memory_utilization": 0.3,  # what has to be free where engines start
     "max_num_seqs": 16,
     "block_size": 32,
     "seed": 0,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from parity import Reference, Request
+from PIL import Image
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
@@ -74,11 +75,11 @@ class SolvedReference(Reference):
     """Takes `{name: "auto", ...}` and `{name: weight, ..., "max_kl": nats}` beside plain weights."""
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int], weights: dict) -> torch.Tensor:
-        base = super().logits(ids, {})
+    def logits(self, ids: Sequence[int], weights: dict, images: Sequence[Image.Image] = ()) -> torch.Tensor:
+        base = super().logits(ids, {}, images)
         rows = base.double().numpy()
         if "auto" in weights.values():
-            deltas, targets = zip(*(self._pair(ids, name, base) for name in weights))
+            deltas, targets = zip(*(self._pair(ids, name, base, images) for name in weights))
             if len(weights) > 1:
                 steps = [
                     joint_step(row, [delta[i] for delta in deltas], [target[i] for target in targets])
@@ -88,16 +89,16 @@ class SolvedReference(Reference):
             (deltas,), (targets,), highest = deltas, targets, MAX_WEIGHT
         elif "max_kl" in weights:
             fixed = {name: weight for name, weight in weights.items() if name != "max_kl"}
-            deltas = (super().logits(ids, fixed) - base).double().numpy()
+            deltas = (super().logits(ids, fixed, images) - base).double().numpy()
             targets, highest = [weights["max_kl"]] * len(ids), 1.0
         else:
-            return super().logits(ids, weights)
+            return super().logits(ids, weights, images)
         steps = [weight_at(row, d, target, highest) * d for row, d, target in zip(rows, deltas, targets)]
         return base + torch.from_numpy(np.stack(steps)).float()
 
-    def _pair(self, ids, name, base):
+    def _pair(self, ids, name, base, images):
         """A pair's difference on the base's columns, float64 `[len(ids), vocab]`, and its own divergences."""
-        delta = super().logits(ids, {name: 1.0}) - base
+        delta = super().logits(ids, {name: 1.0}, images) - base
         known = self._known(name)
         if name not in self.maps:
             delta[:, known:] = 0.0  # columns that only one of the pair has

@@ -240,7 +240,7 @@ def test_map_vocab_reads_a_tilde_as_home(tokenizers, tmp_path, monkeypatch):
 
 
 def test_an_output_that_cannot_be_made_is_told_before_the_work(tokenizers, capsys, monkeypatch):
-    monkeypatch.setattr("ivl_vllm.vocab.command._load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr("ivl_vllm.vocab.command.read_tokenizer_of", lambda *_: pytest.fail("a tokenizer was loaded"))
     root = tokenizers["root"]
     assert cli.main(["map-vocab", f"--base={root}/base", f"--value={root}/value", "--output=/proc/m.safetensors"]) == 2
     assert "--output /proc: nothing can be written there (" in capsys.readouterr().err

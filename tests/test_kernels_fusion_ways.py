@@ -7,6 +7,7 @@ import sys
 import threading
 
 import ivl_kernels
+import kernel_fusion_cases
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,12 @@ from ivl_kernels import fused_rows
 from kernel_fusion_cases import FusionCases, arrays, assert_solves, difference, divergence_of, rows_of
 
 torch_fusion = importlib.import_module("ivl_kernels.torch_fusion")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Numba's rows are there."""
+    monkeypatch.setattr(kernel_fusion_cases, "device", lambda: torch.device("cpu"))
 
 
 def counted(monkeypatch, owner, name):

@@ -71,6 +71,21 @@ def test_abort_in_mid_flight(llm, reference):
     assert_parity(reference, requests, outputs)
 
 
+def draw(logits, seed):
+    """What vLLM's sampler draws from `[steps, vocabulary]` logits, one after the other."""
+    if torch.cuda.is_available():
+        from vllm.v1.sample.ops.topk_topp_sampler import random_sample
+
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return [int(random_sample(row.cuda()[None].softmax(-1), {0: generator})) for row in logits]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for row in logits:
+        noise = torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+        drawn.append(int(torch.ops._C.fused_gumbel_argmax(row[None].contiguous(), noise)))
+    return drawn
+
+
 def test_seeded_sampling_and_n(llm, reference):
     """The same seed gives the tokens that vLLM's own sampler draws from the reference's logits."""
     rng = random.Random(7)
@@ -85,12 +100,7 @@ def test_seeded_sampling_and_n(llm, reference):
             # vLLM seeds the n samples of a request with seed, seed + 1, ...
             tokens = list(completion.token_ids)
             logits = reference.logits([*prompt, *tokens], weights)[len(prompt) - 1 : -1]
-            generator = torch.Generator().manual_seed(seed + completion.index)
-            drawn = []
-            for row in logits:
-                noise = torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
-                drawn.append(int(torch.ops._C.fused_gumbel_argmax((row / 0.8).unsqueeze(0).contiguous(), noise)))
-            assert tokens == drawn
+            assert tokens == draw(logits / 0.8, seed + completion.index)
             if weights:
                 outcomes.append(tokens != unsteered[completion.index])
             else:

@@ -10,12 +10,16 @@ from tiny import make_model, make_tokenizer
 
 import ivl_vllm
 
+RANKS = {"distributed_executor_backend": "mp"}  # else vLLM looks for as many GPUs, where there is one
 REFUSED = {
     "settings_without_processor": ({"logits_processors": None}, ["additional_config", "--logits-processor ivl"]),
     "processor_without_settings": ({"additional_config": {}}, ["no value network", "value_model", "IVL_VALUE_MODEL"]),
     "unknown_field": ({"additional_config": {"ivl": {"valuemodel": "x"}}}, ["'valuemodel'", "'x'", "value_model"]),
     "missing_folder": ({"additional_config": {"ivl": {"value_model": "./missing"}}}, ["value_model", "./missing"]),
-    "pipeline_parallel": ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size is 2", "--pipeline-parallel-size 1"]),
+    "pipeline_parallel": (
+        {"pipeline_parallel_size": 2, **RANKS},
+        ["pipeline_parallel_size is 2", "--pipeline-parallel-size 1"],
+    ),
     "pooling": ({"runner": "pooling"}, ["pooling", "--runner generate"]),
     "prompt_embeds": ({"enable_prompt_embeds": True}, ["enable_prompt_embeds"]),
     "draft_model_on_v1": (
@@ -53,7 +57,7 @@ REFUSED = {
     ),
     "no_safetensors": ({"additional_config": {"ivl": {"value_model": "PICKLED"}}}, ["safetensors"]),
     "tensorizer": ({"load_format": "tensorizer"}, ["load_format='tensorizer'", "copy it to a folder"]),
-    "heads_over_ranks": ({"tensor_parallel_size": 4}, ["the value network", "parallelism", "heads"]),
+    "heads_over_ranks": ({"tensor_parallel_size": 4, **RANKS}, ["the value network", "parallelism", "heads"]),
     "connector_of_the_bases_shape": (
         {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
         ["'LMCacheConnectorV1'", "layers and heads of the base", "OffloadingConnector"],

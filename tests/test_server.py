@@ -28,6 +28,8 @@ SMALL = [
     *LENGTH,
     "--kv-cache-memory-bytes",
     str(64 << 20),
+    "--gpu-memory-utilization",
+    "0.3",
     "--max-num-seqs",
     "16",
 ]

@@ -21,13 +21,20 @@ HERE = Path(__file__).parent
 @pytest.fixture
 def projections(monkeypatch):
     """The numbers of rows of each projection of value networks."""
-    from ivl_vllm.serving.network import Network
+    from ivl_vllm.serving import network
 
-    counts = []
-    project = Network.value_logits
-    monkeypatch.setattr(
-        Network, "value_logits", lambda self, hidden: counts.append(len(hidden)) or project(self, hidden)
-    )
+    counts, project, fused = [], network.Network.value_logits, network.lm_head_value_add
+
+    def projects(self, hidden):
+        counts.append(len(hidden))
+        return project(self, hidden)
+
+    def projects_and_adds(logits, hidden, *args, **kwargs):  # on a GPU
+        counts.append(len(hidden))
+        return fused(logits, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(network.Network, "value_logits", projects)
+    monkeypatch.setattr(network, "lm_head_value_add", projects_and_adds)
     return counts
 
 

@@ -131,6 +131,7 @@ def test_plain_completions_learn_to_stop(family, tmp_path):
         ("\n\n", "is empty"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a",\n', "line 2: no JSON"),
         ("[1, 2]\n", "line 1: expected a JSON object"),
+        ('{"prompt": ' + 100_000 * "[", "line 1: too deeply nested"),
         ('{"text": "a"}\n', "line 1: expected `messages`, or `prompt` and `completion`; got text"),
         ('{"prompt": "a", "completion": " "}\n', "line 1: the completion is empty"),
         ('{"prompt": "", "completion": "b"}\n', "line 1: the prompt is empty"),

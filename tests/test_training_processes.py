@@ -64,14 +64,14 @@ def assert_same_run(root, output):
 
 def test_two_processes_match_one(family, one_process, tmp_path):
     root, common = one_process
-    # Without --use_cpu: where there is no accelerator, the processes meet on the CPU by themselves.
+    # Where there is no accelerator, the processes meet on the CPU by themselves.
     done = run_process(
         family,
         tmp_path / "two",
         *common,
         "--batch_size=8",
+        "--use_cpu=false",
         start=(*TWO, "-m", "ivl_vllm.cli"),
-        environment={"CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trainable parameters: ") == 1
@@ -126,7 +126,7 @@ def test_sharding_that_would_not_happen_is_refused(family, tmp_path, capsys):
 def test_several_processes_that_form_no_group_are_refused(family, tmp_path, capsys, monkeypatch):
     from ivl_vllm.training import processes, trainer
 
-    words = ["train", *flags(family, tmp_path / "never")]
+    words = ["train", *flags(family, tmp_path / "never", "--use_cpu=false")]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert cli.main(words) == 2

@@ -269,30 +269,10 @@ def test_ivl_config_round_trip_and_absence(tmp_path):
     assert json.loads((tmp_path / "ivl_config.json").read_text()) == GOOD
 
 
-def test_a_folder_of_the_first_version_still_loads(tmp_path):
-    later = {"norm_positions", "more_bases", "base_mix", "base_temperature", "base_noise"}
-    first = {name: value for name, value in GOOD.items() if name not in later} | {"format_version": 1}
-    path = tmp_path / "ivl_config.json"
-    path.write_text(json.dumps(first))
-    config = IVLConfig.read(tmp_path)
-    # What the first version meant, and the present layout when it is written again.
-    assert (config.norm_positions, config.more_bases, config.base_temperature) == ("answer", [], 1.0)
-    assert config == IVLConfig(**first)
-    config.write(tmp_path)
-    assert IVLConfig.read(tmp_path) == config
-    assert json.loads(path.read_text())["format_version"] == 2
-    path.write_text(json.dumps({**first, "norm_positions": "all"}))
-    with pytest.raises(ValueError, match="unknown field: norm_positions"):
-        IVLConfig.read(tmp_path)
-    path.write_text(json.dumps({**first, "format_version": 2}))
-    with pytest.raises(ValueError, match="lacks the field base_mix, base_noise, .*, norm_positions"):
-        IVLConfig.read(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3, "new_field": 1}, "format_version is 3; this ivl-vllm reads versions 1 to 2"),
+        ({"format_version": 3, "new_field": 1}, "format_version is 3; this ivl-vllm reads version 2: install"),
         ({"format_version": "2"}, "format_version is '2'"),
         ({"norm_positions": "prompt"}, "norm_positions is 'prompt'"),
         ({"more_bases": "another/base"}, "more_bases is 'another/base'"),
@@ -323,7 +303,7 @@ def test_ivl_config_names_the_field_that_is_wrong(tmp_path, change, message):
 
 def test_ivl_config_that_is_no_object_or_lacks_a_field(tmp_path):
     path = tmp_path / "ivl_config.json"
-    for content, message in (("{", "no JSON"), ("[]", "no JSON object"), ('{"format_version": 1}', "lacks the field")):
+    for content, message in (("{", "no JSON"), ("[]", "no JSON object"), ('{"format_version": 2}', "lacks the field")):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             IVLConfig.read(tmp_path)

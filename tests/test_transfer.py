@@ -230,7 +230,8 @@ def test_fit_and_the_trainer_agree(transfer, tmp_path, variant):
     for name in ("S", "M"):
         bases[name] = tmp_path / name
         transfer.pretrain.make_base(0, name, scale.bases[name], scale.head, None, bases[name])
-    setting = {"base_temperature": 0.5, "norm_weight": 0.0, "max_steps": 10}
+    # Both in float32.
+    setting = {"base_temperature": 0.5, "norm_weight": 0.0, "max_steps": 10, "use_cpu": "true"}
     value = tmp_path / "value"
     trained = transfer.training.train_value(0, variant, scale, setting, bases, value)
     scheme = variant if variant.startswith("cascade") else "residual"

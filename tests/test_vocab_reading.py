@@ -162,6 +162,9 @@ def test_corpus_files(tmp_path):
     rows.write_text('{"prompt": "a"}\n{')
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: no JSON"):
         list(read_corpus(rows))
+    rows.write_text('{"prompt": "a"}\n' + 100_000 * "[")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: too deeply nested"):
+        list(read_corpus(rows))
     plain.write_bytes(b"fine\n\xff\xfe\n")
     with pytest.raises(ValueError, match="not UTF-8"):
         list(read_corpus(plain))

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a process trains on one
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Runs are compared in float32, on the CPU; `test_train_then_serve.py` trains on a GPU where there is one.
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT["TOKENIZERS_PARALLELISM"] = "false"
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 SHARDED = (*TWO, Path(__file__).with_name("shard_on_cpu.py"))
 STEPS = ("--save_strategy=steps", "--save_steps=2", "--logging_steps=1", "--max_steps=8", "--save_total_limit=2")
@@ -109,6 +111,7 @@ def make_family(root):
 def flags(family, output, *more):
     given = {word.split("=")[0] for word in more}
     defaults = {
+        "--use_cpu": str(torch.cuda.is_available()).lower(),
         "--base": family / "base",
         "--init": family / "small",
         "--data": family / "train.jsonl",

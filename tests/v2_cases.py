@@ -295,8 +295,9 @@ def test_batch_sharded_sampling_is_refused(models):
     from vllm.engine.arg_utils import EngineArgs
 
     on = ivl_vllm.engine_args(value_model=str(models["value"]))
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     arguments = EngineArgs(
-        model=str(models["base"]), **on, tensor_parallel_size=2, enable_batch_sharded_sampling=True, max_model_len=256
+        model=str(models["base"]), **on, **ranks, enable_batch_sharded_sampling=True, max_model_len=256
     )
     with pytest.raises(ValueError, match="--no-enable-batch-sharded-sampling"):
         arguments.create_engine_config()

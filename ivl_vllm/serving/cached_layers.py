@@ -84,7 +84,7 @@ def _own_backend(backend: type[AttentionBackend], config: VllmConfig, prefix: st
             super().__init__(kv_cache_spec, layer_names, own(vllm_config), *args, **kwargs)
 
         def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
-            if getattr(common_attn_metadata, "mm_req_doc_ranges", None) is not None:
+            if common_attn_metadata.mm_req_doc_ranges is not None:
                 # The tokens of an image see each other in some bases. A value network reads text, from left to right.
                 common_attn_metadata = copy.copy(common_attn_metadata)
                 common_attn_metadata.mm_req_doc_ranges = None

@@ -128,7 +128,7 @@ def _check_features(config: VllmConfig) -> None:
             "ivl: enable_batch_sharded_sampling is on, which takes logits past the value networks: "
             "start with --no-enable-batch-sharded-sampling"
         )
-    if getattr(parallel, "enable_elastic_ep", False):
+    if parallel.enable_elastic_ep:
         raise ValueError(
             "ivl: enable_elastic_ep is on, but ranks that vLLM adds to a running engine load the base alone: start "
             "without --enable-elastic-ep"
@@ -147,7 +147,7 @@ def _check_features(config: VllmConfig) -> None:
             f"ivl: the speculative method {drafter.method!r} is not supported (the base model's hidden states, which "
             f"many methods read, are joined with the value network's): use one of {', '.join(supported)}"
         )
-    if not getattr(config, "use_v2_model_runner", False):
+    if not config.use_v2_model_runner:
         raise ValueError(
             f"ivl: speculative decoding ({drafter.method!r}) with logits processors needs vLLM's model runner V2, and "
             "this engine runs V1: set VLLM_USE_V2_MODEL_RUNNER=1 (vLLM 0.31 or later, with Triton), or drop the drafter"

@@ -24,9 +24,10 @@ def choose_graphs(runner: Any, steps: Steps) -> None:
         runner: vLLM's model runner, V1 or V2; may be asked before every step, as runners replace their dispatchers.
         steps: says what the step in progress needs.
     """
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
     from vllm.config import CUDAGraphMode
 
-    if _pieces_hold_everything():
+    if is_breakable_cudagraph_enabled():
         return
     owner = getattr(runner, "cudagraph_manager", None) or getattr(runner, "cudagraph_dispatcher", None)
     if owner is None or getattr(owner.dispatch, "ivl", False):
@@ -50,11 +51,3 @@ def choose_graphs(runner: Any, steps: Steps) -> None:
 
     in_pieces.ivl = True
     owner.dispatch = in_pieces
-
-
-def _pieces_hold_everything() -> bool:
-    try:
-        from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
-    except ImportError:  # an older vLLM
-        return False
-    return is_breakable_cudagraph_enabled()

@@ -14,6 +14,7 @@ import trl
 from ivl_vllm.training import curves, models
 from ivl_vllm.training.base_cache import META_NAME, fingerprint
 from ivl_vllm.training.data import read_examples, split_examples, to_dataset
+from ivl_vllm.training.divergence import TrainingDivergedError
 from ivl_vllm.training.folders import UNFINISHED, check_writable, list_checkpoints
 from ivl_vllm.training.frozen_bases import load_more_bases
 from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig, own_version
@@ -22,7 +23,6 @@ from ivl_vllm.training.model_card import Card, serve_command
 from ivl_vllm.training.parsing import parse
 from ivl_vllm.training.preparation import Limits, check_packing
 from ivl_vllm.training.run_record import RunRecord, check_shapes
-from ivl_vllm.training.saving import TrainingDivergedError
 from ivl_vllm.training.trainer import ValueTrainer
 from ivl_vllm.training.turn_ends import ends_of_text, stop_at_other_end
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
@@ -317,8 +317,6 @@ def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    import torch
-
     return {
         "ivl-vllm": own_version(),
         "torch": torch.__version__,

@@ -63,12 +63,13 @@ def read_examples(path: str | Path, flag: str = "") -> list[Example]:
 def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
     try:
         row = json.loads(line.decode("utf-8"))
+        json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: no JSON ({error.msg} at column {error.colno})") from error
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{where}: too deeply nested") from None
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: {error.object[error.start]!r} is half a character (a lone surrogate)") from error
     if not isinstance(row, dict):

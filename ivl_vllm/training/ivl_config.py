@@ -10,14 +10,12 @@ from typing import Any
 from ivl_vllm.training.files import read_json
 
 CONFIG_NAME = "ivl_config.json"
-# Version 1 had none of the fields from `norm_positions` to `base_noise`; their defaults are what it meant.
 FORMAT_VERSION = 2
 SCHEMES = ("residual", "cascade", "cascade+text")
 NORMS = ("l1", "l2", "none")
 NORM_POSITIONS = ("answer", "all")
 BASE_MIXES = ("draw", "average")
-_READABLE = f"versions 1 to {FORMAT_VERSION}"
-_SINCE_VERSION_2 = {"norm_positions", "more_bases", "base_mix", "base_temperature", "base_noise"}
+_OTHER_VERSION = f"this ivl-vllm reads version {FORMAT_VERSION}: install the one that wrote it"
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class IVLConfig:
         vocab_size: Columns of the value network's logits.
         vocabulary_fingerprint: `ivl_vllm.vocab.fingerprint.vocabulary_fingerprint` of its tokenizer.
         versions: Package name → version at training time.
-        format_version: Version of this file's layout; an older one becomes the present one.
+        format_version: Version of this file's layout.
 
     Raises:
         ValueError: A field has the wrong type or a value that this version does not know; the message names it.
@@ -58,10 +56,8 @@ class IVLConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.format_version not in range(1, FORMAT_VERSION + 1):
-            self._refuse("format_version", f"this ivl-vllm reads {_READABLE}: install the one that wrote it")
-        # A frozen dataclass sets its own fields so.
-        object.__setattr__(self, "format_version", FORMAT_VERSION)
+        if self.format_version != FORMAT_VERSION:
+            self._refuse("format_version", _OTHER_VERSION)
         if not isinstance(self.base, str) or not self.base:
             self._refuse("base", "expected the name or folder of the base model")
         if self.scheme not in SCHEMES:
@@ -129,11 +125,9 @@ class IVLConfig:
             return None
         # Before all else: a later layout has fields that are unknown here, and its version is the thing to name.
         version = content.get("format_version")
-        if version not in range(1, FORMAT_VERSION + 1):
-            raise ValueError(
-                f"{path}: format_version is {version!r}; this ivl-vllm reads {_READABLE}: install the one that wrote it"
-            )
-        known = {f.name for f in fields(cls)} - (_SINCE_VERSION_2 if version == 1 else set())
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path}: format_version is {version!r}; {_OTHER_VERSION}")
+        known = {f.name for f in fields(cls)}
         if unknown := sorted(content.keys() - known):
             raise ValueError(f"{path} has an unknown field: {', '.join(unknown)}")
         if missing := sorted(known - {"versions"} - content.keys()):

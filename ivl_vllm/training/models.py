@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from ivl_vllm.tokenizer import HUB_ID, find_folder, read_tokenizer
+from ivl_vllm.tokenizer import HUB_ID, find_folder, read_tokenizer_of
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
 
@@ -95,17 +95,10 @@ def load_tokenizer(name: str, flag: str, trust_remote_code: bool = False) -> Pre
     Raises:
         ValueError: There is none, or it has no end-of-text token, without which no answer learns to stop.
     """
-    tokenizer = _any_tokenizer(name, flag, trust_remote_code)
+    tokenizer = read_tokenizer_of(name, flag, trust_remote_code)
     if tokenizer.eos_token is None:
         raise ValueError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token), so answers cannot stop")
     return tokenizer
-
-
-def _any_tokenizer(name: str, flag: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        return read_tokenizer(name, trust_remote_code)
-    except ValueError as error:
-        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {error}") from error
 
 
 def read_chat_template(name: str, trust_remote_code: bool = False) -> str:
@@ -122,7 +115,7 @@ def read_chat_template(name: str, trust_remote_code: bool = False) -> str:
             raise ValueError(f"{flag} {name}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
     if not path.is_dir() and (path.suffix in (".jinja", ".j2") or not HUB_ID.fullmatch(name)):
         raise ValueError(f"{flag} {name}: no such file; give a .jinja file, or a tokenizer's folder or hub id")
-    tokenizer = _any_tokenizer(str(path) if path.is_dir() else name, flag, trust_remote_code)
+    tokenizer = read_tokenizer_of(str(path) if path.is_dir() else name, flag, trust_remote_code)
     if tokenizer.chat_template is None:
         raise ValueError(f"{flag} {name}: that tokenizer has no chat template; give one that has, or a .jinja file")
     return tokenizer.get_chat_template()

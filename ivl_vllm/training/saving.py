@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ivl_vllm.training.divergence import StopsDiverged
-from ivl_vllm.training.divergence import TrainingDivergedError as TrainingDivergedError
 from ivl_vllm.training.folders import PREFIX, UNFINISHED, list_checkpoints, publish_files, publish_folder
 from ivl_vllm.training.lora import is_lora, merge_state
 

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ivl_vllm.tokenizer import read_tokenizer_of
 from ivl_vllm.training.folders import check_writable
 from ivl_vllm.vocab import INPUTS, METHODS, UNMAPPED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 _DESCRIPTION = """\
 Tie the vocabulary of a value network to that of a base with another tokenizer.
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.corpus is not None and not os.path.isfile(arguments.corpus):
         raise ValueError(f"--corpus {arguments.corpus}: no such file")
 
-    base, value = (_load_tokenizer(getattr(arguments, name), f"--{name}") for name in ("base", "value"))
+    base, value = (read_tokenizer_of(getattr(arguments, name), f"--{name}") for name in ("base", "value"))
     from ivl_vllm.vocab.make import fill_unmapped, make_vocab_map
     from ivl_vllm.vocab.report import describe_map
 
@@ -89,14 +90,3 @@ def run(arguments: argparse.Namespace) -> None:
     description = describe_map(kept, base, value, arguments.corpus)
     fill_unmapped(kept, base, value, arguments.unmapped).save(output)
     print(f"{description}\nwritten to {output}")
-
-
-def _load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
-    # Before the import below, as the hub's client reads it once.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from ivl_vllm.tokenizer import read_tokenizer
-
-    try:
-        return read_tokenizer(name)
-    except ValueError as error:
-        raise ValueError(f"{flag} {name}: no tokenizer could be loaded: {error}") from error

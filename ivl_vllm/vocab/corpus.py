@@ -20,8 +20,8 @@ def read_corpus(corpus: str | Path | Iterable[str]) -> Iterator[str]:
             "role"; of any other file each line is a text.
 
     Raises:
-        ValueError: The file cannot be read, is not UTF-8, or a line of a `.jsonl` file is no JSON or holds half a
-            character; names file and line.
+        ValueError: The file cannot be read, is not UTF-8, or a line of a `.jsonl` file is no JSON, too deeply nested or
+            holds half a character; names file and line.
     """
     for text in _read_file(Path(corpus)) if isinstance(corpus, str | Path) else corpus:
         for start in range(0, len(text), _LONGEST):
@@ -57,6 +57,8 @@ def _read_file(path: Path) -> Iterator[str]:
         raise ValueError(
             f"--corpus {path}, line {number}: {half!r} is half a character (a lone surrogate); mend or remove it"
         ) from error
+    except RecursionError:
+        raise ValueError(f"--corpus {path}, line {number}: too deeply nested; mend or remove it") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"--corpus {path}, line {number}: no JSON ({error}); mend it or name the file .txt") from error
 
