@@ -55,6 +55,6 @@ def make_family(models: dict[str, Path], root: Path, kind: str = "llama") -> tup
 
 def value_rows(llm: Any) -> Any:
     """The engine's `ValueRows`."""
-    from ivl_vllm.serving.joined_model import ValueRows
+    from ivl_vllm.serving.steps import Steps
 
-    return ValueRows.of(llm.llm_engine.vllm_config)
+    return Steps.of(llm.llm_engine.vllm_config).rows

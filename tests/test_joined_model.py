@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from ivl_vllm.serving.joined_model import ValueRows, join
+from ivl_vllm.serving.joined_model import join
 from ivl_vllm.serving.network import StableInput
+from ivl_vllm.serving.value_rows import ValueRows
 
 SCRATCH = torch.zeros(64, 8)
 
@@ -38,14 +39,16 @@ class FakeNetwork:
         return SCRATCH[: len(input_ids), :3].copy_(input_ids[:, None] * 10 + self.number).to(dtype)
 
 
-def no_steps():
+def no_steps(*networks):
     """As `Steps` outside of steps."""
-    return SimpleNamespace(needed=None, sampled=False, text_positions=lambda positions: positions)
+    rows = ValueRows()
+    rows.networks = list(networks)
+    return SimpleNamespace(needed=None, sampled=False, rows=rows, text_positions=lambda positions: positions)
 
 
 def make_joined(default_weights=(0.0, 0.0)):
-    rows, steps = ValueRows(), no_steps()
-    return join(Base(), rows, steps, [FakeNetwork(1), FakeNetwork(2)], default_weights), rows, steps
+    steps = no_steps(FakeNetwork(1), FakeNetwork(2))
+    return join(Base(), steps, default_weights), steps.rows, steps
 
 
 def test_no_model_overwrites_what_another_left():
@@ -70,7 +73,7 @@ def test_bases_that_take_the_rest_by_name_alone_or_not_at_all():
 
     ids = torch.tensor([1.0, 2.0])
     for base in (ByName(), Neither()):
-        joined = join(base, ValueRows(), no_steps(), [FakeNetwork(1)], (0.0,))
+        joined = join(base, no_steps(FakeNetwork(1)), (0.0,))
         # As vLLM calls it.
         assert joined(input_ids=ids, positions=ids, intermediate_tensors=None, inputs_embeds=None).shape[1] == 4 + 3
 
@@ -91,7 +94,7 @@ def test_a_base_is_given_embeddings_or_token_ids():
 
     ids = torch.tensor([1.0, 2.0])
     for base, with_embeds in ((Sees(), (False, True)), (SeesAndReads(), (True, True))):
-        model = join(base, ValueRows(), no_steps(), [FakeNetwork(1)], (0.0,))
+        model = join(base, no_steps(FakeNetwork(1)), (0.0,))
         assert model.requires_raw_input_tokens
         for embeds, given in ((torch.zeros(2, 4), with_embeds), (None, (True, False))):
             assert torch.equal(model(ids, ids, inputs_embeds=embeds)[:, 4], 10 * ids + 1) and model.given == given
@@ -111,7 +114,7 @@ def test_a_base_that_is_compiled_as_a_whole_runs_the_joined_forward():
     ids = torch.tensor([1.0, 2.0])
     model = Compiled()
     assert model(ids, ids).shape[1] == 4
-    join(model, ValueRows(), no_steps(), [FakeNetwork(1)], (0.0,))
+    join(model, no_steps(FakeNetwork(1)), (0.0,))
     assert model(ids, ids).shape[1] == 4 + 3
 
 
@@ -130,8 +133,7 @@ def test_drafters_get_what_the_base_has_for_them_or_its_hidden_states():
             return self.residual
 
     plain, own, without = (
-        join(base, ValueRows(), steps, [], (), for_drafter)
-        for base, for_drafter in ((Plain(), held), (Own(), held), (Plain(), None))
+        join(base, steps, (), for_drafter) for base, for_drafter in ((Plain(), held), (Own(), held), (Plain(), None))
     )
     assert plain.get_mtp_target_hidden_states() is held.buffer
     assert own.get_mtp_target_hidden_states() is held.buffer  # it has none for this drafter

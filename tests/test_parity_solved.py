@@ -57,14 +57,18 @@ def test_what_all_value_logits_have_in_common_does_not_count(offset):
     from ivl_kernels import value_add
 
     from ivl_vllm.serving.solved_weights import SolvedWeights
+    from ivl_vllm.serving.value_rows import Rows, ValueRows
+    from ivl_vllm.settings import parse_settings
 
     def project(logits, value_logits, weights, row_index):
         value_add(logits, value_logits, weights, row_index=row_index)
 
     generator = torch.Generator().manual_seed(0)
     before, value = 3 * torch.randn(2, 2, 5000, generator=generator) + torch.tensor([-100.0, offset])[:, None, None]
-    after, network = before.clone(), SimpleNamespace(add_logits=project)
+    after, value_rows = before.clone(), ValueRows()
+    value_rows.networks, value_rows.groups = [SimpleNamespace(add_logits=project)], [(0,)]
     bounds = torch.tensor([[10.0, 0.1], [10.0, 0.5]])
-    SolvedWeights._bound(None, after, [value], [network], [(0,)], None, torch.ones(2), bounds, [0])
+    solved = SolvedWeights(parse_settings({"value_model": "x/y"}), value_rows, 2, after.device)
+    solved._bound(after, Rows([value]), None, torch.ones(2), bounds, [0])
     before, after = before.double().log_softmax(-1), after.double().log_softmax(-1)
     torch.testing.assert_close((after.exp() * (after - before)).sum(-1).float(), bounds[:, 1], rtol=1e-2, atol=0)

@@ -158,7 +158,7 @@ def test_gemma_3n_folders_are_refused():
         architectures=["Gemma3nForConditionalGeneration"],
     )
     with pytest.raises(ValueError, match="'VALUE' is a Gemma 3n.*takes no token ids"):
-        _check_model(TRANSFORMER, value, SimpleNamespace(model="VALUE"))
+        _check_model(TRANSFORMER, value, SimpleNamespace(model="VALUE"), "residual")
 
 
 def test_the_executor_that_passes_the_worker_by_is_refused(models, monkeypatch):

@@ -13,6 +13,7 @@ from ivl_vllm.serving import network, solved_weights
 from ivl_vllm.serving.checks import check_engine
 from ivl_vllm.serving.network import no_logits
 from ivl_vllm.serving.steps import Steps, watch_steps
+from ivl_vllm.serving.value_rows import ValueRows
 
 
 def config(models, **kwargs):
@@ -100,7 +101,7 @@ def test_solvers_are_compiled_for_the_strides_and_rows_of_steps(monkeypatch, mos
     monkeypatch.setattr(solved_weights, "trust_region_weights", note)
     monkeypatch.setattr(solved_weights, "value_add", note)
     settings = SimpleNamespace(networks=[], values={}, max_weight=1.0)
-    solved_weights.warm_up_solvers(settings, [], [], 100, torch.nn.Linear(1, 1), most_rows)
+    solved_weights.warm_up_solvers(settings, ValueRows(), 100, torch.nn.Linear(1, 1), most_rows)
     assert {(1, 100, 100), (1, 128, 100), (4, 100, 100)} <= seen
     assert (64, 100, 100) in seen or most_rows < 64
 

@@ -3,110 +3,29 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
 
-from ivl_vllm.serving.network import Network, StableInput
-from ivl_vllm.serving.request_weights import Addition, together
+from ivl_vllm.serving.network import StableInput
 from ivl_vllm.serving.steps import Steps
-
-
-class ValueRows:
-    """The value networks' hidden states of the rows to be sampled, on their way from `compute_logits` to the processor.
-
-    There is one per engine and process; the rows are in the order of the logits.
-    """
-
-    def __init__(self) -> None:
-        self.networks: list[Network] = []
-        # Their numbers, those together that are projected together: see `shared_weights`.
-        self.groups: list[tuple[int, ...]] = []
-        self._hidden: list[torch.Tensor | None] = []
-        self._rows = self._taken = 0
-
-    @classmethod
-    def of(cls, vllm_config: VllmConfig) -> ValueRows:
-        """The one of this engine: loader and processor are handed the same configuration object."""
-        key = id(vllm_config)
-        if key not in _rows_of_engine:
-            _rows_of_engine[key] = cls()
-            weakref.finalize(vllm_config, _rows_of_engine.pop, key)
-        return _rows_of_engine[key]
-
-    def put(self, hidden: list[torch.Tensor | None], rows: int) -> None:
-        """Keeps this step's rows: one `[rows, hidden]` tensor per network, None for one that sits this step out."""
-        self._hidden = hidden
-        self._rows, self._taken = rows, 0
-
-    def take(self, count: int) -> Rows:
-        """The next `count` rows of every network: vLLM may hand the processor the logits of a step in several pieces.
-
-        Raises:
-            RuntimeError: this step has fewer rows than logits, so which row belongs to which request is unknown.
-        """
-        start, end = self._taken, self._taken + count
-        if end > self._rows:
-            raise RuntimeError(
-                f"ivl: {count} rows of logits after {start}, but {self._rows} rows of value hidden states: this vLLM "
-                "samples from logits that did not come from the model's compute_logits; please report the engine "
-                "arguments"
-            )
-        self._taken = end
-        return Rows(None if hidden is None else hidden[start:end] for hidden in self._hidden)
-
-
-class Rows(list):
-    """Per network `[rows, hidden]`, None for one that sits this step out, which nobody may then ask for."""
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        """The rows of one network.
-
-        Raises:
-            RuntimeError: it sits this step out.
-        """
-        hidden = super().__getitem__(number)
-        if hidden is None:
-            raise RuntimeError(
-                f"ivl: value network {number} sat out a step in which a request uses it; set skip_unsteered to "
-                'false in additional_config["ivl"] and please report the engine arguments'
-            )
-        return hidden
-
-    def at(self, rows: torch.Tensor) -> Rows:
-        """Some of the rows, by number."""
-        return Rows(None if hidden is None else hidden[rows] for hidden in self)
-
-
-# By identity: configurations are compared by value and cannot be keys, nor may they carry attributes of ours.
-_rows_of_engine: dict[int, ValueRows] = {}
+from ivl_vllm.serving.value_rows import Rows
 
 
 class _Join:
     """What the joined forward needs, kept off the module tree: LoRA wraps every submodule that it finds there."""
 
-    def __init__(
-        self,
-        rows: ValueRows,
-        steps: Steps,
-        networks: list[Network],
-        default_weights: Sequence[float],
-        for_drafter: StableInput | None,
-    ):
-        self.rows = rows
-        self.for_drafter = for_drafter
-        self.steps = steps
+    def __init__(self, steps: Steps, default_weights: Sequence[float], for_drafter: StableInput | None):
+        self.steps, self.rows = steps, steps.rows
         self.default_weights = default_weights
+        self.for_drafter = for_drafter
         # The networks that the last forward ran.
         self.active: list[int] = []
         # Of the hidden states of the base and of every network: known after their first forward, in which all run.
         self.widths: list[int] = []
         self.dtypes: list[torch.dtype] = []
-        rows.networks = networks
 
     def choose(self) -> list[int]:
         """The networks that the coming forward runs: all of them, unless the step in progress needs fewer."""
@@ -216,34 +135,24 @@ class JoinedModel:
             self._ivl.steps.sampled = True
             self._ivl.rows.put(values, hidden_states.shape[0])
         elif logits is not None and any(self._ivl.default_weights):
-            logits = logits.float()
-            rows, networks, defaults = Rows(values), self._ivl.rows.networks, self._ivl.default_weights
-            for members in together(self._ivl.rows.groups, [n for n, weight in enumerate(defaults) if weight]):
-                weights = torch.stack([logits.new_full((logits.shape[0],), defaults[n]) for n in members])
-                summed, weights = Addition(members, None, weights).summed(rows)
-                networks[members[0]].add_logits(logits, summed, weights, None)
+            logits, defaults = logits.float(), enumerate(self._ivl.default_weights)
+            weights = {n: logits.new_full(logits.shape[:1], weight) for n, weight in defaults if weight}
+            self._ivl.rows.add_to_all(logits, Rows(values), weights)
         return logits
 
 
 def join(
-    base: nn.Module,
-    rows: ValueRows,
-    steps: Steps,
-    networks: list[Network],
-    default_weights: Sequence[float],
-    for_drafter: StableInput | None = None,
+    base: nn.Module, steps: Steps, default_weights: Sequence[float], for_drafter: StableInput | None = None
 ) -> nn.Module:
-    """Makes `base` run `networks` on the same tokens. The same object comes back, of a class derived from its own.
+    """Makes `base` run the value networks on the same tokens. The same object comes back, of a class of its own.
 
     Args:
         base: the base model.
-        rows: takes the value rows to the processor.
-        steps: says which networks a step needs.
-        networks: the value networks.
+        steps: says which networks a step needs; its `rows` hold them, and take what they make to the processor.
         default_weights: each network's weight in a request that says nothing.
         for_drafter: keeps the base's hidden states for a drafter that reads them.
     """
-    base._ivl = _Join(rows, steps, networks, default_weights, for_drafter)
+    base._ivl = _Join(steps, default_weights, for_drafter)
     if hasattr(base, "do_not_compile"):
         # vLLM compiles this class's forward, bound before it was joined. The layers below are compiled by themselves.
         base.do_not_compile = True

@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.cached_layers import check_states, keep_whole_context, use_own_config
 from ivl_vllm.serving.checks import READING_DRAFTERS, engine_settings
-from ivl_vllm.serving.joined_model import ValueRows, join
+from ivl_vllm.serving.joined_model import join
 from ivl_vllm.serving.network import Network, StableInput
 from ivl_vllm.serving.network_checks import is_multimodal, network_config, network_scheme
 from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
@@ -76,14 +76,14 @@ class IVLModelLoader(BaseModelLoader):
         most_rows = min(most_rows, 512)  # kernels have the same shapes beyond
         for network in networks:
             network.warm_up(most_rows)
-        rows = ValueRows.of(vllm_config)
-        rows.groups = projection_groups(networks, settings.networks)
-        warm_up_solvers(settings, networks, rows.groups, model_config.get_vocab_size(), base, most_rows)
+        steps = Steps.of(vllm_config)
+        steps.rows.networks, steps.rows.groups = networks, projection_groups(networks, settings.networks)
+        warm_up_solvers(settings, steps.rows, model_config.get_vocab_size(), base, most_rows)
         watch_steps()
         default_weights = settings.network_weights(settings.steering(None).weights)
         reads = drafter is not None and drafter.method in READING_DRAFTERS
         for_drafter = StableInput(vllm_config.scheduler_config.max_num_batched_tokens) if reads else None
-        return join(base, rows, Steps.of(vllm_config), networks, default_weights, for_drafter)
+        return join(base, steps, default_weights, for_drafter)
 
     def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
         """Bytes of weights that another process holds for the base (vLLM 0.32 and later)."""

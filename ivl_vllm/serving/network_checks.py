@@ -33,13 +33,13 @@ def check_network(vllm_config: VllmConfig, source: NetworkSource) -> ModelConfig
     Raises:
         ValueError: names the cause and the fix.
     """
-    value = network_config(vllm_config, source.model)
-    _check_model(vllm_config.model_config, value, source)
+    value, scheme = network_config(vllm_config, source.model), network_scheme(source.model)
+    _check_model(vllm_config.model_config, value, source, scheme)
     _check_states(vllm_config, value, f"the value network {source.model!r} ({', '.join(value.architectures)})")
     if vllm_config.additional_config[ENGINE_KEY]["load_format"] != "dummy":
         _check_weights(source.model)
     _check_parallel(vllm_config, value, source.model)
-    _check_scheme(vllm_config, source.model)
+    _check_scheme(vllm_config, source.model, scheme)
     return value
 
 
@@ -101,7 +101,7 @@ def network_scheme(network: str) -> str:
     return "residual" if config is None else config.scheme
 
 
-def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource) -> None:
+def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource, scheme: str) -> None:
     what = f"the value network {source.model!r}"
     if value.runner_type != "generate":
         raise ValueError(f"ivl: {what} is no language model: use a causal LM")
@@ -115,7 +115,6 @@ def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource) -
             f"ivl: {what} was made for {value.max_model_len} positions, the engine serves max_model_len="
             f"{base.max_model_len}: start with --max-model-len {value.max_model_len} or less"
         )
-    scheme = network_scheme(source.model)
     if source.vocab_map is None:
         _check_vocabulary(base, value, what)
         return
@@ -186,12 +185,12 @@ def is_multimodal(model: ModelConfig) -> bool:
     return MULTIMODAL_REGISTRY.supports_multimodal_inputs(model)  # vLLM before 0.32
 
 
-def _check_scheme(config: VllmConfig, folder: str) -> None:
+def _check_scheme(config: VllmConfig, folder: str, scheme: str) -> None:
     for is_on, setting, what in (
         (config.lora_config is not None, "enable_lora", "applies adapters to sampled rows only"),
         (config.cache_config.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", "computes sampled rows only"),
     ):
-        if is_on and (scheme := network_scheme(folder)) != "residual":
+        if is_on and scheme != "residual":
             raise ValueError(
                 f"ivl: {setting} is on, and the value network {folder!r} has the scheme {scheme!r}, which "
                 f"reads the base's logits at every token, where vLLM {what}: start "

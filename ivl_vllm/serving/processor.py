@@ -44,9 +44,9 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         from vllm.distributed import get_tensor_model_parallel_rank
 
         from ivl_vllm.serving.checks import engine_settings
-        from ivl_vllm.serving.joined_model import ValueRows
         from ivl_vllm.serving.request_weights import RequestWeights
         from ivl_vllm.serving.solved_weights import SolvedWeights
+        from ivl_vllm.serving.steps import Steps
         from ivl_vllm.serving.trace import Trace
 
         if "ivl" not in vllm_config.additional_config:
@@ -55,11 +55,11 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 "check that ivl-vllm is installed in this environment and that VLLM_PLUGINS, if set, contains ivl"
             )
         self._settings = engine_settings(vllm_config)
-        self._value_rows = ValueRows.of(vllm_config)
+        self._value_rows = Steps.of(vllm_config).rows
         num_slots = vllm_config.scheduler_config.max_num_seqs
         device = getattr(device_or_states, "device", device_or_states)
         self._weights = RequestWeights(num_slots, len(self._settings.networks), device)
-        self._solved = SolvedWeights(self._settings, num_slots, device)
+        self._solved = SolvedWeights(self._settings, self._value_rows, num_slots, device)
         self._drafts = vllm_config.speculative_config is not None
         self._by_position: dict[int, tuple[Steering, TracedRequest | None]] = {}
         self._trace = None
@@ -155,20 +155,16 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def _steer(self, logits: torch.Tensor, slots: np.ndarray, ctx: Any) -> list:
         """Adds the value logits, and returns the weights that were solved, see `SolvedWeights.apply`."""
-        hidden, networks = self._value_rows.take(logits.shape[0]), self._value_rows.networks
+        rows = self._value_rows.take(logits.shape[0])
         slot_of_row = None
         if ctx is not None and (slots.shape[0] != logits.shape[0] or self._drafts):
             slot_of_row = ctx.expanded_idx_mapping
-        groups, solved = self._value_rows.groups, []
-        if self._solved.any:
-            solved = self._solved.apply(logits, hidden, networks, groups, slots, slot_of_row)
-        if not self._weights.any_steered:
-            return solved
-        if slot_of_row is None:
-            chosen = self._weights.of_rows(slots, groups)
-        else:
-            chosen = self._weights.of_slots(slot_of_row, slots, groups)
-        for addition in chosen:
-            rows, weights = addition.summed(hidden)
-            networks[addition.networks[0]].add_logits(logits, rows, weights, addition.row_index)
+        solved = self._solved.apply(logits, rows, slots, slot_of_row) if self._solved.any else []
+        if self._weights.any_steered:
+            groups = self._value_rows.groups
+            if slot_of_row is None:
+                chosen = self._weights.of_rows(slots, groups)
+            else:
+                chosen = self._weights.of_slots(slot_of_row, slots, groups)
+            self._value_rows.add(logits, rows, chosen)
         return solved

@@ -17,7 +17,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from ivl_vllm.serving.network import Network
-from ivl_vllm.serving.request_weights import together
 from ivl_vllm.settings import NetworkSource
 
 # vLLM shows what is logged under its own name and nothing else.
@@ -100,25 +99,6 @@ def projection_groups(networks: Sequence[Network], sources: Sequence[NetworkSour
             names = ", ".join(sources[number].model for number in group)
             logger.info("ivl: value networks with one output layer, projected once: %s", names)
     return groups
-
-
-def project(
-    hidden: Sequence[torch.Tensor], networks: Sequence[Network], groups: Sequence[tuple[int, ...]], used: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """The logits of each of some networks, fp32 `[rows, columns of its own vocabulary]`, by the network's number.
-
-    Args:
-        hidden: `[rows, hidden]` of every network.
-        networks: all value networks.
-        groups: as from `projection_groups`.
-        used: numbers of the networks that are asked for.
-    """
-    logits = {}
-    for members in together(groups, used):
-        rows = [hidden[number] for number in members]
-        stacked = networks[members[0]].value_logits(torch.cat(rows) if len(rows) > 1 else rows[0]).float()
-        logits |= zip(members, stacked.split(len(rows[0])), strict=True)
-    return logits
 
 
 @torch.inference_mode()

@@ -17,10 +17,8 @@ from ivl_kernels.checks import choose_backend
 from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from ivl_vllm.serving.joined_model import Rows
-from ivl_vllm.serving.network import Network, no_logits, warm_up_rows
-from ivl_vllm.serving.request_weights import Addition, together
-from ivl_vllm.serving.shared_weights import project
+from ivl_vllm.serving.network import no_logits, warm_up_rows
+from ivl_vllm.serving.value_rows import Rows, ValueRows
 from ivl_vllm.settings import Settings
 from ivl_vllm.steering import Steering
 
@@ -47,12 +45,13 @@ class SolvedWeights:
 
     Args:
         settings: the engine's.
+        value_rows: the value networks.
         num_slots: requests that can run at once.
         device: where the logits are.
     """
 
-    def __init__(self, settings: Settings, num_slots: int, device: torch.device):
-        self._settings = settings
+    def __init__(self, settings: Settings, value_rows: ValueRows, num_slots: int, device: torch.device):
+        self._settings, self._value_rows = settings, value_rows
         self._kind = np.zeros(num_slots, dtype=np.int64)
         # Per slot: the weight of every network, and then max_kl.
         self._bounds = np.zeros((num_slots, len(settings.networks) + 1), dtype=np.float32)
@@ -93,9 +92,7 @@ class SolvedWeights:
     def apply(
         self,
         logits: torch.Tensor,
-        hidden: Rows,
-        networks: Sequence[Network],
-        groups: Sequence[tuple[int, ...]],
+        rows: Rows,
         slots: np.ndarray,
         slot_of_row: torch.Tensor | None = None,
     ) -> list[Solved]:
@@ -103,106 +100,92 @@ class SolvedWeights:
 
         Args:
             logits: fp32 `[rows, vocab of the base]`.
-            hidden: the same rows of every network.
-            networks: all value networks.
-            groups: their numbers, those together that are projected together.
+            rows: the same rows of every network.
             slots: int `[rows]`, the slot of every row; with `slot_of_row`, the slots that the rows belong to.
             slot_of_row: int `[rows]` on the device, where only the device knows them (draft rows).
         """
         found = []
         kinds = self._kind[slots]
         for kind in np.unique(kinds[kinds != FIXED]):
-            rows, of_row = None, slot_of_row
+            row_index, of_row, own = None, slot_of_row, rows
             if slot_of_row is None:
                 index = np.flatnonzero(kinds == kind)
-                rows = async_tensor_h2d(index, device=logits.device)
+                row_index = async_tensor_h2d(index, device=logits.device)
                 of_row = async_tensor_h2d(slots[index], device=logits.device)
-            inputs = hidden if rows is None else hidden.at(rows)
+                own = rows.at(row_index)
             # Where all rows are taken, the others get no weight.
             member = (self._device_kind[of_row] == int(kind)).float()
             if kind == BOUNDED:
                 names: tuple[str, ...] = ()
                 used = np.flatnonzero(self._bounds[slots[kinds == kind], :-1].any(axis=0))
-                bounds = self._device_bounds[of_row]
-                weights = self._bound(logits, inputs, networks, groups, rows, member, bounds, used.tolist())
+                weights = self._bound(logits, own, row_index, member, self._device_bounds[of_row], used.tolist())
             else:
                 names = next(names for names, number in self._kinds.items() if number == kind)
-                weights = self.fuse(logits, inputs, networks, groups, rows, member, names)
-            found.append(Solved(names, rows, weights))
+                weights = self.fuse(logits, own, row_index, member, names)
+            found.append(Solved(names, row_index, weights))
         return found
 
     def _bound(
         self,
         logits: torch.Tensor,
-        hidden: Rows,
-        networks: Sequence[Network],
-        groups: Sequence[tuple[int, ...]],
-        rows: torch.Tensor | None,
+        rows: Rows,
+        row_index: torch.Tensor | None,
         member: torch.Tensor,
         bounds: torch.Tensor,
         used: Sequence[int],
     ) -> torch.Tensor:
         """Adds the largest part of the weighted value logits that keeps within `max_kl` of the base."""
         delta = logits.new_zeros(member.shape[0], logits.shape[1])
-        for members in together(groups, used):
-            weights = torch.stack([bounds[:, number] for number in members])
-            summed, weights = Addition(members, None, weights).summed(hidden)
-            networks[members[0]].add_logits(delta, summed, weights, None)
+        self._value_rows.add_to_all(delta, rows, {number: bounds[:, number] for number in used})
         # What all columns have in common changes no distribution, but the solver cuts large differences.
         middle = (delta.amin(1, keepdim=True) + delta.amax(1, keepdim=True)) / 2
-        part = trust_region_weights(logits, delta - middle, member, bounds[:, -1].contiguous(), row_index=rows).weights
-        value_add(logits, delta, part, row_index=rows)
+        most = bounds[:, -1].contiguous()
+        part = trust_region_weights(logits, delta - middle, member, most, row_index=row_index).weights
+        value_add(logits, delta, part, row_index=row_index)
         return part[:, None]
 
     def fuse(
         self,
         logits: torch.Tensor,
-        hidden: Rows,
-        networks: Sequence[Network],
-        groups: Sequence[tuple[int, ...]],
-        rows: torch.Tensor | None,
+        rows: Rows,
+        row_index: torch.Tensor | None,
         member: torch.Tensor,
         names: tuple[str, ...],
     ) -> torch.Tensor:
         """Adds each pair's difference with the weight that Dynamic Logits Fusion finds for it."""
         experts, antis, maps = [], [], []
         pairs = [self.pairs[name] for name in names]
-        value_logits = project(hidden, networks, groups, sorted({number for pair in pairs for number in pair}))
+        value_logits = self._value_rows.project(rows, itertools.chain(*pairs))
         for pair in pairs:
             expert, anti = (value_logits[number] for number in pair)
             known = min(expert.shape[1], anti.shape[1])  # they may be padded differently
             experts.append(expert[:, :known])
             antis.append(anti[:, :known])
-            maps.append(networks[pair[0]].partners)
+            maps.append(self._value_rows.networks[pair[0]].partners)
         highest = member * self._settings.max_weight
         if len(names) == 1:
             solved = fusion_weights(
-                logits, experts[0], antis[0], max_weight=highest, row_index=rows, vocab_map=maps[0]
+                logits, experts[0], antis[0], max_weight=highest, row_index=row_index, vocab_map=maps[0]
             ).weights[:, None]
         else:
             solved = joint_fusion_weights(
-                logits, experts, antis, max_weight=highest, row_index=rows, vocab_maps=maps
+                logits, experts, antis, max_weight=highest, row_index=row_index, vocab_maps=maps
             ).weights
         for expert, anti, vocab_map, weights in zip(experts, antis, maps, solved.unbind(1), strict=True):
-            value_add(logits, expert.float() - anti.float(), weights.contiguous(), row_index=rows, vocab_map=vocab_map)
+            delta, weights = expert.float() - anti.float(), weights.contiguous()
+            value_add(logits, delta, weights, row_index=row_index, vocab_map=vocab_map)
         return solved
 
 
 @torch.inference_mode()
 def warm_up_solvers(
-    settings: Settings,
-    networks: Sequence[Network],
-    groups: Sequence[tuple[int, ...]],
-    base_columns: int,
-    base: nn.Module,
-    most_rows: int,
+    settings: Settings, value_rows: ValueRows, base_columns: int, base: nn.Module, most_rows: int
 ) -> None:
     """Compiles the kernels that solve weights, so that no request waits for the compiler; nothing is computed.
 
     Args:
         settings: the engine's.
-        networks: all value networks.
-        groups: their numbers, those together that are projected together.
+        value_rows: the value networks.
         base_columns: columns of the base's logits.
         base: any model on the device.
         most_rows: rows that a step may have; few and many are added by kernels of different shapes.
@@ -211,19 +194,19 @@ def warm_up_solvers(
     if choose_backend("auto", device) != "triton":
         importlib.import_module("ivl_kernels.torch_fusion")  # which compiles
         return
-    solved = SolvedWeights(settings, 1, device)
+    solved = SolvedWeights(settings, value_rows, 1, device)
     pairs = [(name,) for name in solved.pairs]
     for count in warm_up_rows(most_rows):
         delta, nothing = torch.zeros(count, base_columns, device=device), torch.zeros(count, device=device)
-        for logits, rows in itertools.product(
+        for logits, row_index in itertools.product(
             no_logits(count, base_columns, device), (None, torch.arange(count, device=device))
         ):
-            value_add(logits, delta, nothing, row_index=rows)  # weights are 0, so nothing is read or written
+            value_add(logits, delta, nothing, row_index=row_index)  # weights are 0, so nothing is read or written
             # A row is solved alike however many there are. But value logits that are projected together lie behind each
             # other, and whether 16 bytes divide where the second ones begin depends on the rows: 8 of them always do.
             if count > 8:
                 continue
-            trust_region_weights(logits, delta, nothing, nothing, row_index=rows)
+            trust_region_weights(logits, delta, nothing, nothing, row_index=row_index)
             for names in [*pairs, tuple(solved.pairs)] if len(pairs) > 1 else pairs:
-                hidden = Rows(network.no_hidden(count) for network in networks)
-                solved.fuse(logits, hidden, networks, groups, rows, nothing, names)
+                rows = Rows(network.no_hidden(count) for network in value_rows.networks)
+                solved.fuse(logits, rows, row_index, nothing, names)

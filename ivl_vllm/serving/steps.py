@@ -105,6 +105,7 @@ class Steps:
     """Follows the scheduled requests of one engine, in each of its workers.
 
     Attributes:
+        rows: the value networks, and what they make of a step.
         settings: the engine's.
         skip: whether networks may sit out steps. Not with data parallelism, whose ranks must make the same collective
             calls, nor with a KV connector, which may hand blocks to requests by rules of its own, nor where
@@ -121,6 +122,10 @@ class Steps:
     """
 
     def __init__(self, vllm_config: VllmConfig):
+        # Not at the top: every process of vLLM's imports this module.
+        from ivl_vllm.serving.value_rows import ValueRows
+
+        self.rows = ValueRows()
         self.settings = parse_settings(vllm_config.additional_config["ivl"])
         self.skip = (
             self.settings.skip_unsteered
@@ -193,7 +198,7 @@ class Steps:
             self._is_warming_up = False
 
 
-# By identity, as in joined_model.
+# By identity: configurations are compared by value and cannot be keys, nor may they carry attributes of ours.
 _steps_of_engine: dict[int, Steps] = {}
 
 
