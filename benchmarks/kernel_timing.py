@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -192,7 +191,7 @@ def summary(values: list[float]) -> Timing:
 
 def environment(device: torch.device) -> dict:
     """What a figure depends on: machine, driver, versions, command."""
-    from revision import revision  # here, since tests load this file alone
+    from revision import cpu_model, revision  # here, since tests load this file alone
 
     found = {
         "command": " ".join(["python", *sys.argv]),
@@ -215,17 +214,6 @@ def environment(device: torch.device) -> dict:
         found |= {"gpu": properties.name, "driver": driver, "cuda": torch.version.cuda, "triton": triton.__version__}
         found |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
     return found
-
-
-def cpu_model() -> str:
-    """The processor's name, family, model and stepping, as Linux gives them; elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    numbers = (f"{key} {found[key]}" for key in ("cpu family", "model", "stepping") if key in found)
-    return ", ".join([found.get("model name", platform.processor()), *numbers])
 
 
 def progress(cases: list) -> tqdm.tqdm:

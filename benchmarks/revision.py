@@ -1,5 +1,6 @@
-"""Which code figures were measured with, and when."""
+"""Which code figures were measured with, when, and on what processor."""
 
+import platform
 import subprocess
 import time
 from pathlib import Path
@@ -18,3 +19,14 @@ def revision() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit}
+
+
+def cpu_model() -> str:
+    """The processor's name, family, model and stepping, as Linux gives them; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    numbers = (f"{key} {found[key]}" for key in ("cpu family", "model", "stepping") if key in found)
+    return ", ".join([found.get("model name", platform.processor()), *numbers])

@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -171,12 +170,6 @@ def on_a_gpu() -> dict[str, Any]:
     }
 
 
-def cpu_model() -> str:
-    """What the processor calls itself."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,7 +186,7 @@ def main() -> None:
     rows = tuple(arguments.rows or ROWS)
     import transformers
 
-    found = environment(torch.device("cpu")) | {"transformers": transformers.__version__, "cpu_model": cpu_model()}
+    found = environment(torch.device("cpu")) | {"transformers": transformers.__version__}
     report: dict[str, Any] = {}
     if arguments.engine:
         import vllm

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))  # from a checkout, installed or not
 
-from revision import revision  # noqa: E402
+from revision import cpu_model, revision  # noqa: E402
 
 PARTS = ("serving", "compiled", "speculative", "sweep", "peers", "curves")
 PACKAGES = ("ivl-vllm", "vllm", "torch", "transformers")
@@ -51,9 +51,8 @@ def environment(threads: int, device: str) -> dict:
             raise SystemExit(
                 f"{name} is not installed, so vLLM cannot find the plugin: pip install --no-deps ."
             ) from None
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found["cpu"] = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), "unknown")
-    found["cores"], found["interpreted"] = os.cpu_count(), os.environ.get("TRITON_INTERPRET") == "1"
+    found["cpu"], found["cores"] = cpu_model(), os.cpu_count()
+    found["interpreted"] = os.environ.get("TRITON_INTERPRET") == "1"
     found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device == "cuda":
         import torch

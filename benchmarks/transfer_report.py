@@ -91,17 +91,13 @@ def told_note(scale: Scale) -> str:
 def hardware() -> dict[str, Any]:
     """The machine, the code and the versions that matter."""
     import torch
-    from revision import revision  # here, since tests load this file alone
+    from revision import cpu_model, revision  # here, since tests load this file alone
 
     names = ("torch", "transformers", "trl", "tokenizers")
     found = {**revision(), "python": platform.python_version(), **{name: metadata.version(name) for name in names}}
     found["vllm"] = metadata.version("vllm")
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {**found, "cpu": processor, "cores": os.cpu_count(), "gpu": gpu}
+    return {**found, "cpu": cpu_model(), "cores": os.cpu_count(), "gpu": gpu}
 
 
 def build(stages: list[Stage], folders: dict[str, Path], scale: Scale, seeds: int) -> dict[str, Any]:

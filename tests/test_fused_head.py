@@ -4,6 +4,7 @@ import logging
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,6 +44,39 @@ def made(caplog, model):
         for _ in range(3):
             network.add_logits(torch.zeros(1, ROWS), torch.ones(1, WIDTH), torch.ones(1), None)
     return network, [record.getMessage() for record in caplog.records if "output projection" in record.getMessage()]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_ids_beyond_all_tokens_are_read_as_the_last_one(monkeypatch, mapped):
+    """Some models have such ids for pieces of an image."""
+
+    class Reads(Model):
+        def forward(self, input_ids, positions, intermediate_tensors, inputs_embeds):
+            self.seen = input_ids.tolist()
+            return torch.zeros(len(input_ids), WIDTH)
+
+    config = SimpleNamespace(
+        get_vocab_size=lambda: ROWS, get_hidden_size=lambda: WIDTH, dtype=torch.float32, model="small"
+    )
+    vocab_map = None
+    if mapped:  # each of the base's tokens is the one before it
+        columns = np.arange(ROWS, dtype=np.int32)
+        vocab_map = SimpleNamespace(
+            value_vocab=ROWS,
+            base_vocab=ROWS,
+            columns=columns,
+            single=True,
+            pieces=np.maximum(columns - 1, 0),
+            piece_starts=np.arange(ROWS + 1),
+        )
+    model, ids = Reads(), torch.tensor([5, ROWS - 1, ROWS, ROWS + 100])
+    network = network_module.Network(model, config, 8, ROWS, vocab_map=vocab_map, multimodal=True)
+    network.forward(ids, ids, None, None)
+    assert model.seen == ([4, *[ROWS - 2] * 3] if mapped else [5, *[ROWS - 1] * 3])
+    # A text base has no such ids, and nothing is copied.
+    if not mapped:
+        network_module.Network(model, config, 8, ROWS).forward(ids, ids, None, None)
+        assert model.seen == ids.tolist()
 
 
 @pytest.fixture

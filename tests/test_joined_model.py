@@ -1,6 +1,5 @@
 """The joined forward on its own: what a GPU with CUDA graphs in pieces needs, shown on the CPU."""
 
-import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -140,60 +139,6 @@ def test_drafters_get_what_the_base_has_for_them_or_its_hidden_states():
     own.residual = torch.zeros(4, 6)
     assert own.get_mtp_target_hidden_states() is own.residual
     assert without.get_mtp_target_hidden_states() is None
-
-
-def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cache():
-    """vLLM settles layout and size of the cache when the models are loaded; backends ask for them in every step."""
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    from ivl_vllm.serving.cached_layers import use_own_config
-
-    class Backend:
-        @staticmethod
-        def get_builder_cls():
-            class Plain:
-                def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
-                    self.vllm_config = vllm_config
-
-                @classmethod
-                def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
-                    return vllm_config
-
-                def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
-                    return common_prefix_len, common_attn_metadata, fast_build
-
-            return Plain
-
-    engine = SimpleNamespace(model_config="base", cache_config=SimpleNamespace(layout=None, cache_dtype="fp8"))
-    own = SimpleNamespace(model_config="value", cache_config=SimpleNamespace(layout=None, cache_dtype="auto"))
-
-    class Layer(AttentionLayerBase):
-        attn_backend = Backend
-
-        def get_attn_backend(self):
-            return self.attn_backend
-
-        def get_kv_cache_spec(self, vllm_config):
-            return None
-
-    layer, other = Layer(), Layer()
-    use_own_config([layer, object(), other], own, "ivl_0")
-    assert layer.get_attn_backend() is layer.attn_backend is other.get_attn_backend() is not Backend
-    engine.cache_config.layout = "NHD"
-    builder = layer.attn_backend.get_builder_cls()
-    for seen in (builder(None, [], engine, "cpu").vllm_config, builder.get_cudagraph_support(engine, None)):
-        assert seen.model_config == "value"
-        assert (seen.cache_config.layout, seen.cache_config.cache_dtype) == ("NHD", "auto")
-        assert copy.copy(seen.cache_config).layout == "NHD"
-    made = builder(None, [], engine, "cpu").vllm_config
-    engine.cache_config.num_gpu_blocks = 4  # FlexAttention asks for it later still
-    assert made.cache_config.num_gpu_blocks == 4
-    assert own.cache_config.layout is None and engine.cache_config.cache_dtype == "fp8"
-    # Tokens of an image, which see each other in some bases: a network takes them for text.
-    common = SimpleNamespace(mm_req_doc_ranges={0: [(2, 7)]}, num_reqs=3)
-    prefix, seen, fast = builder(None, [], engine, "cpu").build(5, common_attn_metadata=common, fast_build=True)
-    assert (prefix, seen.mm_req_doc_ranges, seen.num_reqs, fast) == (5, None, 3, True)
-    assert common.mm_req_doc_ranges == {0: [(2, 7)]}
 
 
 def test_layers_that_a_quantized_checkpoint_leaves_as_they_are(models, tmp_path):

@@ -1,8 +1,10 @@
 """Bases that are more than attention over text: token-identical to the reference."""
 
 import pytest
+from cascade_models import mark_scheme
 from parity import Reference, Request, add_images, assert_parity, engine, metric, mismatches, random_requests, run
-from tiny import make_model
+from tiny import IMAGE_TOKEN, make_model
+from vocab_map_models import make_other, random_map
 
 import ivl_vllm
 
@@ -73,12 +75,25 @@ def test_text_only_mode_of_multimodal_models(families, models):
     assert sum(o.num_cached_tokens for o in outputs) > 0
 
 
-def test_images(families, models):
+def test_images(families, tmp_path):
     """The base sees images, at positions of three axes; value networks read what stands for them, at its place."""
-    values = {"math": {"model": str(models["value"])}, "style": {"model": str(families["multimodal_value"])}}
-    reference = Reference(families["multimodal"], math=models["value"], style=families["multimodal_value"])
-    requests = random_requests(40, seed=33, names=("math", "style"))
+    other, vocab_map = make_other(tmp_path / "other"), tmp_path / "map.safetensors"
+    maps = {"other": random_map(families["multimodal"], other, 1)}
+    maps["other"].save(vocab_map)
+    folders = {
+        "math": mark_scheme(make_model(tmp_path / "cascade", seed=12), "cascade+text"),
+        "style": families["multimodal_value"],
+        "other": other,
+    }
+    values = {name: {"model": str(folder)} for name, folder in folders.items()}
+    values["other"]["vocab_map"] = str(vocab_map)
+    reference = Reference(families["multimodal"], schemes={"math": "cascade+text"}, maps=maps, **folders)
+    requests = random_requests(40, seed=33, names=tuple(folders))
     images = add_images(requests)
+    prompt = [10, 11, 12, 1, IMAGE_TOKEN, 1, *range(20, 60)]
+    for number in range(2):
+        weights = {"math": 1.0, "other": -0.5}
+        requests.append(Request(prompt, weights, weights, {"max_tokens": 5}, 100 + 20 * number, images=[images[0]]))
     with engine(
         families["multimodal"],
         **ivl_vllm.engine_args(values=values),
@@ -87,7 +102,7 @@ def test_images(families, models):
     ) as llm:
         outputs = run(llm, requests)
     assert_parity(reference, requests, outputs)
-    assert sum(o.num_cached_tokens for o in outputs) > 0
+    assert [o.num_cached_tokens for o in outputs[-2:]] == [0, 32]  # the image is among them
     # Other images, other tokens: else the base would not have seen them.
     for request in requests:
         request.images = [images[2 - images.index(image)] for image in request.images]

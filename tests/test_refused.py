@@ -203,13 +203,27 @@ def test_ranks_that_join_a_running_engine_are_refused(models):
         _check_features(config)
 
 
-def test_steps_in_two_halves_are_refused(models):
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("enable_dbo", True, "enable_dbo is True.*without --enable-dbo"),
+        ("prefill_context_parallel_size", 2, "_size is 2.*--prefill-context-parallel-size 1"),
+    ],
+)
+def test_parts_of_a_step_are_refused(models, name, value, told):
     from ivl_vllm.serving.checks import _check_features
 
     config = create(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"])))
-    config.parallel_config.enable_dbo = True
-    with pytest.raises(ValueError, match="enable_dbo is True.*without --enable-dbo"):
+    setattr(config.parallel_config, name, value)
+    with pytest.raises(ValueError, match=told):
         _check_features(config)
+
+
+def test_an_encoder_without_its_language_model_is_refused(models, tmp_path):
+    base = make_model(tmp_path / "base", "multimodal")
+    steered = ivl_vllm.engine_args(value_model=str(models["value"]))
+    with pytest.raises(ValueError, match="mm_encoder_only is on.*no language model"):
+        create(base, **steered, mm_encoder_only=True)
 
 
 def model_config(heads=2, is_mla=False, is_hybrid=False, is_attention_free=False):

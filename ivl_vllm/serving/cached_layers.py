@@ -30,15 +30,10 @@ def keep_whole_context(layer: nn.Module) -> None:
         spec = own_spec(vllm_config)
         if type(spec) is not SlidingWindowSpec:
             return spec
-        return FullAttentionSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            head_size_v=spec.head_size_v,
-            dtype=spec.dtype,
-            kv_quant_mode=spec.kv_quant_mode,
-            # The window itself is left out: a group takes no two different ones. Attention reads it from the layer.
-        )
+        ours, theirs = ({f.name for f in dataclasses.fields(kind) if f.init} for kind in (spec, FullAttentionSpec))
+        # The window itself is left out: a group takes no two different ones. Attention reads it from the layer.
+        kept = {name: getattr(spec, name) for name in ours & theirs - {"sliding_window"}}
+        return FullAttentionSpec(**kept | {"block_size": vllm_config.cache_config.block_size})
 
     layer.get_kv_cache_spec = get_kv_cache_spec
 
@@ -67,6 +62,8 @@ def use_own_config(layers: Iterable[nn.Module], config: VllmConfig, prefix: str)
             backends[backend] = _own_backend(backend, config, prefix)
         own = backends[backend]
         layer.get_attn_backend = lambda own=own: own
+        # Tells backends that join causal attention and that of images that this layer needs the former only.
+        layer.mm_prefix_clamp_sliding_window = True
         if hasattr(layer, "attn_backend"):  # layers with a state (Mamba, linear attention) have none
             layer.attn_backend = own
         if isinstance(layer, MambaBase):

@@ -118,6 +118,16 @@ def _check_features(config: VllmConfig) -> None:
             f"ivl: pipeline_parallel_size is {parallel.pipeline_parallel_size}, but a value network is not split into "
             "stages: use --pipeline-parallel-size 1 (--tensor-parallel-size works)"
         )
+    if parallel.prefill_context_parallel_size > 1:
+        raise ValueError(
+            f"ivl: prefill_context_parallel_size is {parallel.prefill_context_parallel_size}, and value networks were "
+            "never run on parts of a prompt: use --prefill-context-parallel-size 1"
+        )
+    if getattr(config, "is_mm_encoder_only", False):
+        raise ValueError(
+            "ivl: mm_encoder_only is on (or implied by the encoder cache's connector), which leaves no language model "
+            "to steer: start this instance without --logits-processors ivl"
+        )
     if parallel.use_ubatching:
         raise ValueError(
             f"ivl: enable_dbo is {parallel.enable_dbo} (ubatch_size {parallel.ubatch_size}), which runs the parts of a "

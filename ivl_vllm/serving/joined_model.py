@@ -17,8 +17,12 @@ from ivl_vllm.serving.value_rows import Rows
 class _Join:
     """What the joined forward needs, kept off the module tree: LoRA wraps every submodule that it finds there."""
 
-    def __init__(self, steps: Steps, default_weights: Sequence[float], for_drafter: StableInput | None):
+    def __init__(
+        self, steps: Steps, default_weights: Sequence[float], for_drafter: StableInput | None, base_reads_ids: bool
+    ):
         self.steps, self.rows = steps, steps.rows
+        # Whether the base takes token ids besides embeddings.
+        self.base_reads_ids = base_reads_ids
         self.default_weights = default_weights
         self.for_drafter = for_drafter
         # The networks that the last forward ran.
@@ -89,8 +93,8 @@ class JoinedModel:
         for name, given in (("intermediate_tensors", intermediate_tensors), ("inputs_embeds", inputs_embeds)):
             if given is not None:
                 kwargs[name] = given
-        reads_ids = inputs_embeds is None or getattr(super(), "requires_raw_input_tokens", False)
-        base, auxiliary = super().forward(input_ids if reads_ids else None, positions, **kwargs), None
+        ids = input_ids if inputs_embeds is None or join.base_reads_ids else None
+        base, auxiliary = super().forward(ids, positions, **kwargs), None
         if isinstance(base, tuple):
             base, auxiliary = base
         if join.for_drafter is not None:
@@ -152,7 +156,8 @@ def join(
         default_weights: each network's weight in a request that says nothing.
         for_drafter: keeps the base's hidden states for a drafter that reads them.
     """
-    base._ivl = _Join(steps, default_weights, for_drafter)
+    base_reads_ids = getattr(base, "requires_raw_input_tokens", False)
+    base._ivl = _Join(steps, default_weights, for_drafter, base_reads_ids)
     if hasattr(base, "do_not_compile"):
         # vLLM compiles this class's forward, bound before it was joined. The layers below are compiled by themselves.
         base.do_not_compile = True
