@@ -48,7 +48,8 @@ def through_a_server(base, value, requests):
         )
         with urllib.request.urlopen(http, timeout=120) as answer:
             (choice,) = json.load(answer)["choices"]
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=choice["token_ids"])])
+        outputs = [SimpleNamespace(token_ids=choice["token_ids"])]
+        return SimpleNamespace(prompt_token_ids=request.prompt, outputs=outputs)
 
     with (
         serve(base, "--logits-processor", "ivl", "--additional-config", settings) as url,

@@ -47,6 +47,7 @@ def test_a_multimodal_model_that_is_no_causal_lm_is_refused(tmp_path):
     from ivl_vllm.training.command import prepare
 
     sees, reads = tiny.make_model(tmp_path / "sees", "multimodal"), tiny.make_model(tmp_path / "reads")
+    tiny.make_tokenizer(reads, sees=True)
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the quick", "completion": " brown fox"}] * 4)
     for flag, base, start in (("--base", sees, reads), ("--init", reads, sees)):
         with pytest.raises(ValueError, match=rf"^{flag} .*no causal language model of the type 'paddleocr_vl'; choose"):

@@ -53,7 +53,7 @@ def make_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|image|>" if sees else "<|system|>"]
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|IMAGE_PLACEHOLDER|>" if sees else "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         text * 8,
@@ -61,7 +61,7 @@ def make_tokenizer(
             vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         ),
     )
-    more = {"extra_special_tokens": {"image_token": "<|image|>"}} if sees else {}
+    more = {"extra_special_tokens": {"image_token": "<|IMAGE_PLACEHOLDER|>"}} if sees else {}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", **more)
     fast.chat_template = CHAT
     fast.save_pretrained(folder)
