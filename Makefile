@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
-.PHONY: help setup demo test bench transfer lint format clean
+.PHONY: help setup demo test release bench transfer lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,6 +17,10 @@ demo: setup  ## train a value network on a small model, serve it beside a larger
 
 test: setup  ## run all tests
 	@$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+RELEASE := 0.31.0
+release: setup  ## run the parity suites on another release of vLLM: make release RELEASE=0.29.0
+	@bash tests/on_release.sh $(RELEASE)
 
 bench: setup  ## throughput against plain vLLM, the limit and every peer (long)
 	@$(BIN)/python benchmarks/throughput.py

@@ -136,11 +136,12 @@ def peers(report: dict[str, Any]) -> str:
 def run(section: dict[str, Any]) -> str:
     """What a section was measured with."""
     environment, scale = section["environment"], section["scale"]
+    machine = environment.get("gpu") or environment["cpu"].partition(",")[0]
     clock = "CPU time of one thread" if environment["clock"] == "cpu" else f"{environment['threads']} threads"
     return (
         f"`{environment['command']}`: {scale['base_parameters'] / 1e6:.0f} M base, "
         f"{scale['value_parameters'] / 1e6:.0f} M value network, {scale['prompts']} requests, "
-        f"medians of {section['rounds']} rounds, {environment.get('gpu') or environment['cpu']}, {clock}"
+        f"medians of {section['rounds']} rounds, {machine}, {clock}"
         f"{measured(environment)}."
     )
 

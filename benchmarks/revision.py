@@ -26,7 +26,7 @@ def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        return platform.processor()
+        lines = []
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     numbers = (f"{key} {found[key]}" for key in ("cpu family", "model", "stepping") if key in found)
-    return ", ".join([found.get("model name", platform.processor()), *numbers])
+    return ", ".join([found.get("model name") or platform.processor() or platform.machine(), *numbers])

@@ -183,7 +183,7 @@ def markdown(report: dict) -> str:
         found, scale, check = section["environment"], section["scale"], section.get("check", {})
         mixed = ", request by request in mixed batches" if "10 %" in check.get("cases", {}) else ""
         parts.append(f"## {title}\n")
-        machine = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
+        machine = found.get("gpu") or f"{found['cpu'].partition(',')[0]}, {found['threads']} threads"
         parts.append(
             f"{machine}; vLLM {found['vllm']}, torch {found['torch']}, transformers {found['transformers']}; "
             f"{found['date']}; `{found['command']}`. Base {scale['base_parameters'] / 1e6:,.0f} M parameters, value "

@@ -23,7 +23,8 @@ def test_layers_with_a_window_keep_the_whole_context_in_pages_of_the_same_size(m
     assert type(spec) is FullAttentionSpec and spec.sliding_window is None
     assert spec == FullAttentionSpec(**fields)
     assert spec.page_size_bytes == SlidingWindowSpec(sliding_window=24, **fields).page_size_bytes
-    # A layer may choose a block size of its own; the group has one.
+    # A layer may choose a block size of its own, and pad such blocks; the group has one.
+    fields |= {"block_size": 16, "page_size_padded": 1 << 20}
     assert layer.get_kv_cache_spec(SimpleNamespace(cache_config=SimpleNamespace(block_size=64))).block_size == 64
 
 

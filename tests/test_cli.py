@@ -8,6 +8,7 @@ from importlib import metadata
 
 import pytest
 from test_training import make_model, make_tokenizer, next_letter_rows, write_rows
+from training_tools import ONE_GPU
 from vocab_kinds import TEXT, train_bytes, train_wordpiece
 
 from ivl_vllm import cli
@@ -102,6 +103,7 @@ def value_folder(tmp_path_factory):
     (root / "run.yaml").write_text(f"base: {root / 'base'}\ndata: {data}\nmax_steps: 2\nsave-strategy: 'no'\n")
     done = subprocess.run(
         [sys.executable, "-m", "ivl_vllm.cli", "train", "--config", root / "run.yaml", "--output", root / "value"],
+        env=ONE_GPU,
         capture_output=True,
         text=True,
         timeout=120,

@@ -138,7 +138,7 @@ def test_drafters_get_what_the_base_has_for_them_or_its_hidden_states():
     assert own.get_mtp_target_hidden_states() is held.buffer  # it has none for this drafter
     own.residual = torch.zeros(4, 6)
     assert own.get_mtp_target_hidden_states() is own.residual
-    assert without.get_mtp_target_hidden_states() is None
+    assert not hasattr(without, "get_mtp_target_hidden_states")  # vLLM 0.31 would cut what it gives
 
 
 def test_layers_that_a_quantized_checkpoint_leaves_as_they_are(models, tmp_path):

@@ -89,7 +89,7 @@ def test_dtypes_that_differ(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two ranks want two GPUs")
 def test_two_ranks(models, tmp_path):
-    """Tensor parallelism over two processes (gloo), started from a process of its own."""
+    """Tensor parallelism over two processes, started from a process of its own."""
     cascade = mark_scheme(make_model(tmp_path / "cascade", seed=12, heads=2, kv_heads=2), "cascade+text")
     sibling = make_sibling(models["value"], tmp_path / "sibling", seed=15)
     folders = [str(folder) for folder in (models["base"], models["value"], cascade, sibling)]

@@ -1,6 +1,8 @@
 """From demonstrations to served answers: `ivl train` writes the folder, vLLM serves it, the reference agrees."""
 
 import json
+import subprocess
+import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,9 +11,9 @@ import pytest
 import torch
 from parity import Reference, assert_parity, engine, random_requests, run
 from test_server import serve
+from training_tools import ONE_GPU
 
 import ivl_vllm
-from ivl_vllm.cli import main
 
 
 def losses(model, rows, tokenizer):
@@ -74,7 +76,7 @@ def test_a_trained_value_network_is_served_as_it_was_trained(models, tmp_path, s
     flags = ["--base", str(models["base"]), "--init", str(models["anti"]), "--data", str(data), "--scheme", scheme]
     output = tmp_path / "value"
     flags += ["--output", str(output), "--lr", "2e-3", "--epochs", "12", "--batch_size", "16", "--lambda", "0.01"]
-    assert main(["train", *flags]) == 0
+    subprocess.run([sys.executable, "-m", "ivl_vllm.cli", "train", *flags], env=ONE_GPU, check=True, timeout=300)
 
     reference = Reference(models["base"], {"default": scheme}, default=output)
     tokenizer = AutoTokenizer.from_pretrained(models["base"])

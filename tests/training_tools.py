@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a process trains on one
-# Runs are compared in float32, on the CPU; `test_train_then_serve.py` trains on a GPU where there is one.
+# A process trains on one GPU.
+ONE_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+# Runs are compared in float32, on the CPU.
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT["TOKENIZERS_PARALLELISM"] = "false"
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")

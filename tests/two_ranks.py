@@ -1,4 +1,4 @@
-"""Tensor parallelism on two CPU processes, checked against the reference. Run by `test_parity_pairs.py`."""
+"""Tensor parallelism over two processes, checked against the reference. Run by `test_parity_pairs.py`."""
 
 import sys
 from pathlib import Path

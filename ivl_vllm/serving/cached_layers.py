@@ -31,8 +31,9 @@ def keep_whole_context(layer: nn.Module) -> None:
         if type(spec) is not SlidingWindowSpec:
             return spec
         ours, theirs = ({f.name for f in dataclasses.fields(kind) if f.init} for kind in (spec, FullAttentionSpec))
-        # The window itself is left out: a group takes no two different ones. Attention reads it from the layer.
-        kept = {name: getattr(spec, name) for name in ours & theirs - {"sliding_window"}}
+        # The window itself is left out: a group takes no two different ones. Attention reads it from the layer. Padding
+        # was for blocks of the layer's own choice.
+        kept = {name: getattr(spec, name) for name in ours & theirs - {"sliding_window", "page_size_padded"}}
         return FullAttentionSpec(**kept | {"block_size": vllm_config.cache_config.block_size})
 
     layer.get_kv_cache_spec = get_kv_cache_spec

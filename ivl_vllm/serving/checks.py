@@ -123,10 +123,10 @@ def _check_features(config: VllmConfig) -> None:
             f"ivl: prefill_context_parallel_size is {parallel.prefill_context_parallel_size}, and value networks were "
             "never run on parts of a prompt: use --prefill-context-parallel-size 1"
         )
-    if getattr(config, "is_mm_encoder_only", False):
+    if model.multimodal_config is not None and model.multimodal_config.mm_encoder_only:
         raise ValueError(
             "ivl: mm_encoder_only is on (or implied by the encoder cache's connector), which leaves no language model "
-            "to steer: start this instance without --logits-processors ivl"
+            "to steer: start this instance without --logits-processors ivl and without its settings"
         )
     if parallel.use_ubatching:
         raise ValueError(

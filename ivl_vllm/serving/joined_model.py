@@ -115,17 +115,6 @@ class JoinedModel:
         joined = join.learn(parts) if first else room[-1]
         return joined if auxiliary is None else (joined, auxiliary)
 
-    def get_mtp_target_hidden_states(self) -> torch.Tensor | None:
-        """What drafters such as EAGLE and MTP read: the base's hidden states, `[most tokens of a step, hidden]`.
-
-        vLLM asks bases for it whose drafters read something else than what they return. None without such a drafter.
-        """
-        of_base = getattr(super(), "get_mtp_target_hidden_states", None)
-        own = None if of_base is None else of_base()
-        if own is not None or self._ivl.for_drafter is None:
-            return own
-        return self._ivl.for_drafter.buffer
-
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The base's logits of `[rows, joined hidden]`; the value rows wait for the logits processor.
 
@@ -145,6 +134,19 @@ class JoinedModel:
         return logits
 
 
+class ReadByDrafter(JoinedModel):
+    """A joined model whose hidden states a drafter reads. Where none does, vLLM must not find the method below."""
+
+    def get_mtp_target_hidden_states(self) -> torch.Tensor:
+        """What drafters such as EAGLE and MTP read: the base's hidden states, `[most tokens of a step, hidden]`.
+
+        vLLM asks bases for it whose drafters read something else than what they return.
+        """
+        of_base = getattr(super(), "get_mtp_target_hidden_states", None)
+        own = None if of_base is None else of_base()
+        return self._ivl.for_drafter.buffer if own is None else own
+
+
 def join(
     base: nn.Module, steps: Steps, default_weights: Sequence[float], for_drafter: StableInput | None = None
 ) -> nn.Module:
@@ -161,5 +163,6 @@ def join(
     if hasattr(base, "do_not_compile"):
         # vLLM compiles this class's forward, bound before it was joined. The layers below are compiled by themselves.
         base.do_not_compile = True
-    base.__class__ = type(f"IVL{type(base).__name__}", (JoinedModel, type(base)), {"__module__": __name__})
+    kind = JoinedModel if for_drafter is None else ReadByDrafter
+    base.__class__ = type(f"IVL{type(base).__name__}", (kind, type(base)), {"__module__": __name__})
     return base

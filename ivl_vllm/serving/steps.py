@@ -19,6 +19,7 @@ from vllm.config.compilation import CompilationMode
 
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.serving.graphs import choose_graphs
+from ivl_vllm.serving.value_rows import ValueRows
 from ivl_vllm.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -122,9 +123,6 @@ class Steps:
     """
 
     def __init__(self, vllm_config: VllmConfig):
-        # Not at the top: every process of vLLM's imports this module.
-        from ivl_vllm.serving.value_rows import ValueRows
-
         self.rows = ValueRows()
         self.settings = parse_settings(vllm_config.additional_config["ivl"])
         self.skip = (

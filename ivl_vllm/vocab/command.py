@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ivl_vllm.tokenizer import read_tokenizer_of
 from ivl_vllm.training.folders import check_writable
 from ivl_vllm.vocab import INPUTS, METHODS, UNMAPPED
-
-if TYPE_CHECKING:
-    pass
 
 _DESCRIPTION = """\
 Tie the vocabulary of a value network to that of a base with another tokenizer.
