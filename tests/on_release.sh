@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # The parity suites on another release of vLLM's CPU build, which is put beside .venv: bash tests/on_release.sh 0.31.0
-# 0.27 to 0.31 want the torch of .venv. Left out is what only 0.32 has: its CPU sampler, Mamba in float32 on a CPU, and
-# n-gram drafts in runner V2.
+# Left out is what only 0.32 has: its CPU sampler, Mamba in float32 on a CPU, and n-gram drafts in runner V2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-release=$1
+release=${1:-}
+case $release in
+  0.27.* | 0.28.* | 0.29.* | 0.30.* | 0.31.*) ;;
+  *) echo "RELEASE is '$release': use a release of vLLM from 0.27.0 to 0.31.0, which want the torch of .venv" >&2; exit 2 ;;
+esac
+if [ "$(cut -d' ' -f1 .venv/.installed)" != cpu ]; then
+  echo "RELEASE=$release: the older releases are those of vLLM's CPU build, and .venv holds another: use IVL_BUILD=cpu" >&2
+  exit 2
+fi
 folder=$PWD/.cache/vllm-$release
 if [ ! -d "$folder" ]; then
   rm -rf "$folder.part"

@@ -118,14 +118,14 @@ def test_dummy_weights(tmp_path):
 
 def test_low_rank_adapters_on_the_base(models, tmp_path, monkeypatch):
     """A LoRA adapter of one request changes the base for it alone; value networks are not wrapped."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
     # vLLM's kernels for GPUs know no float32.
     in_torch = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
     monkeypatch.setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: in_torch))
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-    from vllm.lora.request import LoRARequest
 
     base = AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32)
     torch.manual_seed(0)

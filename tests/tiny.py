@@ -167,11 +167,11 @@ def make_model(
         )
     else:
         raise ValueError(kind)
-    if tokenizer:
-        read = make_tokenizer(folder, sees=kind == "multimodal")
-    if kind == "multimodal":
+    if tokenizer and kind == "multimodal":
         see = PaddleOCRVLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28})
-        PaddleOCRVLProcessor(see, read).save_pretrained(folder)
+        PaddleOCRVLProcessor(see, make_tokenizer(folder, sees=True)).save_pretrained(folder)
+    elif tokenizer:
+        make_tokenizer(folder)
     return _save(model, folder, dtype)
 
 
