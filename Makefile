@@ -24,6 +24,8 @@ release: setup  ## run the parity suites on another release of vLLM: make releas
 
 bench: setup  ## throughput against plain vLLM, the limit and every peer (long)
 	@$(BIN)/python benchmarks/throughput.py
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python benchmarks/throughput.py --scale gpu-peers; fi
 	@$(BIN)/python benchmarks/readme.py
 
 transfer: setup  ## train a family of small models and measure how far value networks transfer (an hour)

@@ -132,19 +132,50 @@ class HFPeers:
         for request in requests:
             ids = list(request.prompt)
             for _ in range(request.output_len):
-                inputs = torch.tensor([ids], device=self._device)
-                base = self._base(inputs, use_cache=False).logits.float()
-                logits = base[0, -1].clone()
-                for model, weight in zip(self._values, weights, strict=False):
-                    given = {"input_ids": inputs}
-                    if cascade:
-                        given = {"inputs_embeds": base.softmax(-1) @ model.get_input_embeddings().weight}
-                    value = model(**given, use_cache=False).logits[0, -1].float()
-                    columns = min(len(value), len(logits))
-                    logits[:columns] += weight * value[:columns]
-                ids.append(int(logits.argmax()))
+                ids.append(int(self._formula(ids, 1, weights, cascade).argmax()))
             outputs.append(ids[len(request.prompt) :])
         return outputs
+
+    @torch.inference_mode()
+    def shortfall(
+        self,
+        requests: list[Request],
+        tokens: list[list[int]],
+        weights: Sequence[Sequence[float]],
+        cascade: bool = False,
+    ) -> tuple[float, float]:
+        """How far the logits of given tokens are below the best ones by the formula, and how large those are.
+
+        Args:
+            requests: What was asked for.
+            tokens: What came, each judged by the tokens before it.
+            weights: Of the value models, for each request.
+            cascade: As for `recomputed`.
+
+        Returns:
+            Means over all tokens.
+        """
+        short, best = [], []
+        for request, given, asked in zip(requests, tokens, weights, strict=True):
+            logits = self._formula([*request.prompt, *given[:-1]], len(given), asked, cascade)
+            largest = logits.max(-1).values
+            short.append(largest - logits[torch.arange(len(given)), torch.tensor(given)])
+            best.append(largest.abs())
+        return float(torch.cat(short).mean()), float(torch.cat(best).mean())
+
+    def _formula(self, ids: list[int], rows: int, weights: Sequence[float], cascade: bool) -> torch.Tensor:
+        """Logits fp32 `[rows, vocabulary]` behind the last `rows` tokens."""
+        inputs = torch.tensor([ids], device=self._device)
+        base = self._base(inputs, use_cache=False).logits.float()
+        logits = base[0, -rows:].clone()
+        for model, weight in zip(self._values, weights, strict=False):
+            given = {"input_ids": inputs}
+            if cascade:
+                given = {"inputs_embeds": base.softmax(-1) @ model.get_input_embeddings().weight}
+            value = model(**given, use_cache=False).logits[0, -rows:].float()
+            columns = min(value.shape[1], logits.shape[1])
+            logits[:, :columns] += weight * value[:, :columns]
+        return logits.cpu()
 
     def memory(self) -> dict[str, int]:
         """Bytes that this process has used at most."""

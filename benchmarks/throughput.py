@@ -4,9 +4,10 @@ On a CPU:    python benchmarks/throughput.py               125 M base, 21 M valu
 Wiring:      python benchmarks/throughput.py --quick       the same models, a quarter of the requests, one round
 Curves:      python benchmarks/throughput.py --only curves concurrency, size of the value network, vocabulary, context
 Busy CPU:    python benchmarks/throughput.py --threads 1 --clock cpu     CPU time of one thread, +-5 % a round
-On a GPU:    python benchmarks/throughput.py --scale gpu   shapes of Qwen2.5-7B and 0.5B, bf16, vLLM's dummy weights;
-                                                           compiled, with drafts from vLLM 0.31 on, in about seven
-                                                           minutes by estimate: it has never run, no GPU was at hand.
+On a GPU:    python benchmarks/throughput.py --scale gpu   shapes of Qwen2.5-7B and 0.5B, bf16, random weights (17 GB on
+                                                           disk); compiled, with drafts from vLLM 0.31 on
+Its peers:   python benchmarks/throughput.py --scale gpu-peers   every other way, beside the shape of Qwen2.5-3B (8 GB)
+             Ten minutes each by estimate: neither has ever run, no GPU was at hand.
 
 `serving` is eager, `compiled` has torch.compile (CUDA graphs on a GPU), and so has vLLM beside its peers. Requests are
 sent all at once; cases take turns, round after round, and figures are medians over rounds. Flags and fields are those
@@ -36,8 +37,7 @@ from revision import cpu_model, revision  # noqa: E402
 
 PARTS = ("serving", "compiled", "speculative", "sweep", "peers", "curves")
 PACKAGES = ("ivl-vllm", "vllm", "torch", "transformers")
-# On a GPU, for a run of minutes: less than the scale's own unless the command line says otherwise.
-GPU_PROMPTS, GPU_OUTPUT_LEN, GPU_ROUNDS = 96, (64, 192), 2
+GPU_ROUNDS = 2
 
 
 def environment(threads: int, device: str) -> dict:
@@ -65,8 +65,7 @@ def skipped(device: str, drafts_run: bool) -> list[dict[str, str]]:
     """What is not measured, and why."""
     if device == "cuda":
         older = "before vLLM 0.31 runner V2, which drafts need beside a logits processor, takes none"
-        found = [{"what": "peers", "why": "they need weights in a folder, and here are vLLM's dummy ones"}]
-        return found if drafts_run else [*found, {"what": "speculative decoding", "why": older}]
+        return [] if drafts_run else [{"what": "speculative decoding", "why": older}]
     drafts = "vLLM's runner V1 takes no logits processors beside a drafter, and V2 needs Triton, so not on a CPU"
     never = "no GPU was at hand: --scale gpu has never run"
     return [{"what": "speculative decoding", "why": drafts}, {"what": "every GPU figure", "why": never}]
@@ -76,7 +75,7 @@ def usual_parts(scale: str, steers_in_v2: bool) -> list[str]:
     """What runs where `--only` says nothing: on a GPU vLLM's default, compiled, and with drafts where vLLM can."""
     if scale == "gpu":
         return ["compiled", *(["speculative"] if steers_in_v2 else [])]
-    return ["serving", "compiled", "sweep", "peers"]
+    return ["sweep", "peers"] if scale == "gpu-peers" else ["serving", "compiled", "sweep", "peers"]
 
 
 def main() -> None:
@@ -84,18 +83,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--scale",
-        choices=("cpu", "gpu", "tiny"),
+        choices=("cpu", "gpu", "gpu-peers", "tiny"),
         help="models and requests (default: gpu where vLLM has one)",
     )
     parser.add_argument(
         "--only",
         choices=PARTS,
         nargs="+",
-        help="parts to run (default: serving, compiled, sweep and peers; on a GPU compiled and speculative)",
+        help="parts to run (default: serving, compiled, sweep and peers; of gpu compiled and speculative)",
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests, one round")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases of the part `serving` (default: all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 3, peers and GPU 2)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of weights and KV cache (default: the scale's)"
+    )
     parser.add_argument("--num-prompts", type=int, metavar="N", help="requests, all sent at once")
     for name in ("input", "output"):
         parser.add_argument(
@@ -123,16 +125,14 @@ def main() -> None:
     from vllm.platforms import current_platform
 
     arguments.scale = arguments.scale or ("gpu" if current_platform.is_cuda() else "cpu")
-    if arguments.scale != "gpu" and current_platform.is_cuda():
+    device = "cuda" if arguments.scale.startswith("gpu") else "cpu"
+    if device == "cpu" and current_platform.is_cuda():
         parser.error(
             f"--scale {arguments.scale} measures a CPU, but this vLLM would put its engines on the GPU: use --scale gpu"
         )
-    device = "cuda" if arguments.scale == "gpu" else "cpu"
     scale = SCALES[arguments.scale]
-    if device == "cuda":
-        scale = replace(scale, prompts=GPU_PROMPTS, output_len=GPU_OUTPUT_LEN)
     prompts = arguments.num_prompts or scale.prompts // (4 if arguments.quick else 1)
-    scale = replace(scale, prompts=prompts)
+    scale = replace(scale, prompts=prompts, dtype=arguments.dtype or scale.dtype)
     if arguments.input_len:
         scale = replace(scale, input_len=tuple(arguments.input_len))
     if arguments.output_len:
@@ -142,13 +142,11 @@ def main() -> None:
     name = f"throughput-{arguments.scale}{'-quick' if arguments.quick else ''}.json"
     output = arguments.output_json or HERE / "results" / name
     parts = arguments.only or usual_parts(arguments.scale, steers_in_v2())
-    if not scale.random_weights and {"sweep", "peers"} & set(parts):
-        parser.error("peers need weights in a folder, and --scale gpu has vLLM's dummy ones")
     if "speculative" in parts and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--only speculative needs vLLM's runner V2 and Triton: a GPU")
     if "speculative" in parts and not steers_in_v2():
         parser.error("--only speculative needs vLLM 0.31 or later, whose runner V2 takes logits processors")
-    # Two 7 B engines fill a GPU of 80 GB.
+    # Four engines of 7 B would not fit on a GPU of 80 GB.
     wanted = arguments.cases or (
         ["plain", "none", "none, no skip", "10 %", "50 %", "all"] if device == "cuda" else [c.name for c in CASES]
     )
@@ -209,7 +207,7 @@ def main() -> None:
     if "curves" in parts:
         from throughput_curves import measure as measure_curves
 
-        measure_curves(setup(), rounds(2), arguments.seed, say, saver("curves"))
+        measure_curves(setup(compiled=device == "cuda"), rounds(2), arguments.seed, say, saver("curves"))
     print(output.with_suffix(".md").read_text())
     print(f"wrote {output}")
 

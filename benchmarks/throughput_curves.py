@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from throughput_bound import bound, loads
+from throughput_check import check
 from throughput_models import Scale, Shape
-from throughput_serving import Setup
+from throughput_serving import CASES, Setup
 from throughput_worker import Request, Worker, workers
 
 OUTPUT_LEN = 16
+CHECKED = [case for case in CASES if case.name in ("plain", "all")]
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,24 @@ def measure(
     for point in chosen:
         by_shapes.setdefault((point.base, point.value), []).append(point)
     curves: dict[str, list[dict[str, Any]]] = {point.curve: [] for point in chosen}
+    checked: dict[str, Any] = {"checked": False}
     for (base, value), together in by_shapes.items():
         scale = replace(setup.scale, base=base, value=value, prompts=most, input_len=(1, longest), output_len=(1, 1))
-        here = setup.like(scale)
+        # On a GPU, shapes of 7 B in every variation would fill the disk: there the other parts' checks have to do.
+        here = setup.like(replace(scale, random_weights=setup.device == "cpu"))
         with workers({name: here.engine(name) for name in ("plain", "ours")}) as engines:
             for engine in engines.values():
                 engine.answer()
+            if here.scale.random_weights:
+                with workers({"reference": here.reference()}) as started:
+                    started["reference"].answer()
+                    checked = check(here, engines, CHECKED, started["reference"])
             for point in together:
                 found = _measure_point(point, engines, rounds, seed, scale.itemsize, rates)
                 curves[point.curve].append(found)
                 say(f"{point.curve} {point.label}: cost {found['cost']:.3f}, bound {found['cost_bound']:.3f}")
         measured = {name: points for name, points in curves.items() if points}
-        report = {"rates": rates, "rounds": rounds, "curves": measured, "output_len": OUTPUT_LEN}
+        report = {"check": checked, "rates": rates, "rounds": rounds, "curves": measured, "output_len": OUTPUT_LEN}
         save(report | {"points": sum(map(len, measured.values())), "points_wanted": len(chosen)})
 
 

@@ -118,7 +118,7 @@ class Scale:
         base: The base model.
         value: The value network; the second one has its shape.
         dtype: Of weights and KV cache.
-        random_weights: Write random weights and load them; else vLLM's `load_format="dummy"`.
+        random_weights: Write random weights and load them; else vLLM's `load_format="dummy"`, which nothing can check.
         prompts: Requests, all sent at once.
         input_len: Shortest and longest prompt in tokens.
         output_len: Shortest and longest output in tokens.
@@ -171,21 +171,36 @@ SCALES = {
         512,
     ),
     # The shapes of Qwen2.5-7B and Qwen2.5-0.5B; the larger has 128 more columns of padding, which only tokenizers tell.
+    # Three such engines fit on a GPU of 80 GB.
     "gpu": Scale(
         Shape(3584, 28, 28, 4, 18_944, 151_936, "Qwen2"),
         Shape(896, 24, 14, 2, 4864, 151_936, "Qwen2", True),
         "bfloat16",
-        False,
-        256,
+        True,
+        96,
         (64, 1024),
+        (64, 192),
+        8 << 30,
+        8192,
+    ),
+    # Qwen2.5-3B: four engines and three Hugging Face models fit there.
+    "gpu-peers": Scale(
+        Shape(2048, 36, 16, 2, 11_008, 151_936, "Qwen2", True),
+        Shape(896, 24, 14, 2, 4864, 151_936, "Qwen2", True),
+        "bfloat16",
+        True,
+        64,
         (64, 512),
-        16 << 30,
+        (32, 192),
+        4 << 30,
         8192,
     ),
 }
 
 
-def folder(shape: Shape, positions: int, seed: int, scheme: str = "residual", weights: bool = True) -> Path:
+def folder(
+    shape: Shape, positions: int, seed: int, scheme: str = "residual", weights: bool = True, dtype: str = "float32"
+) -> Path:
     """A model folder of this shape, written unless it is there already.
 
     Args:
@@ -193,11 +208,13 @@ def folder(shape: Shape, positions: int, seed: int, scheme: str = "residual", we
         positions: Context length in tokens.
         seed: Of its random weights.
         scheme: How it is joined to a base, where that is not `residual`.
-        weights: Whether it needs weights (fp32 safetensors), or a configuration alone.
+        weights: Whether it needs weights (safetensors), or a configuration alone.
+        dtype: Of the weights.
     """
     size = f"{shape.architecture.lower()}-{shape.hidden}x{shape.layers}-{shape.heads}-{shape.kv_heads}"
     name = f"{size}-{shape.intermediate}-{shape.vocabulary}-{positions}-{seed}"
     name += "" if scheme == "residual" else f"-{scheme}"
+    name += "" if dtype == "float32" else f"-{dtype}"
     target = CACHE / (name if weights else f"{name}-config")
     if target.exists():
         return target
@@ -205,7 +222,7 @@ def folder(shape: Shape, positions: int, seed: int, scheme: str = "residual", we
     partial.mkdir(parents=True)
     config = shape.config(positions)
     if weights:
-        _write_weights(config, seed, partial)
+        _write_weights(config, seed, dtype, partial)
     (partial / "config.json").write_text(json.dumps(config, indent=2))
     if scheme != "residual":
         from ivl_vllm.training.ivl_config import IVLConfig
@@ -218,11 +235,15 @@ def folder(shape: Shape, positions: int, seed: int, scheme: str = "residual", we
     return target
 
 
-def _write_weights(config: dict, seed: int, target: Path) -> None:
+def _write_weights(config: dict, seed: int, dtype: str, target: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     kind = config["model_type"]
     settings = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(target)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # seconds in place of a minute for 7 B
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=getattr(torch, dtype))
+    model.save_pretrained(target)
+    del model
+    torch.cuda.empty_cache()  # the engines need the room

@@ -43,6 +43,8 @@ HF_CASES = [
     HFCase("proxy batch", "(c) proxy-tuning, three models, static batches", (1.0, -1.0), True),
 ]
 BATCHED = [case for case in HF_CASES if case.batched]
+# Batch sizes of the sweep: what is small takes minutes on a GPU and is never its best.
+SIZES = {"cpu": (4, 8, 16, 32, 64, 128, 256), "cuda": (16, 32, 64, 128, 256)}
 # Requests that stand for all where they run one by one.
 ONE_BY_ONE = 8
 SUBSET = (
@@ -72,8 +74,10 @@ def sweep(setup: Setup, seed: int, say: Callable[[str], None], save: Callable[[d
     ways: dict[str, dict[str, Any]] = {case.name: {"label": case.label, "sizes": []} for case in BATCHED}
     with workers({"peers": setup.peers()}) as started:
         started["peers"].answer()
-        checked = check_peers(setup, started["peers"], (case.weights for case in BATCHED))
-        for batch_size in (4, 8, 16, 32, 64, 128, 256):
+        with workers({"reference": setup.reference()}) as others:
+            others["reference"].answer()
+            checked = check_peers(setup, started["peers"], others["reference"], (case.weights for case in BATCHED))
+        for batch_size in SIZES[setup.device]:
             if batch_size > max(4, len(requests)):
                 break
             for case in BATCHED:
@@ -139,8 +143,11 @@ def measure(
     names = list(dict.fromkeys(case.engine for case in ENGINE_CASES))
     with workers({name: setup.engine(name) for name in names} | {"peers": setup.peers()}) as started:
         memory = {name: started[name].answer() for name in started}
-        checked = check(setup, started, ENGINE_CASES, started["peers"])
-        checked |= {"peers": check_peers(setup, started["peers"], (case.weights for case in HF_CASES))}
+        with workers({"reference": setup.reference()}) as others:
+            others["reference"].answer()
+            checked = check(setup, started, ENGINE_CASES, others["reference"])
+            ways = (case.weights for case in HF_CASES)
+            checked |= {"peers": check_peers(setup, started["peers"], others["reference"], ways)}
         for number in range(rounds + 1):
             for case in in_turns([*ENGINE_CASES, *HF_CASES], number):
                 if isinstance(case, Case):

@@ -1,4 +1,4 @@
-"""The throughput benchmark: its peers compute the formula, its bounds are right, its checks refuse."""
+"""The throughput benchmark: its peers compute the formula, its bounds are right, its engines are wired."""
 
 from benchmark_tools import run_python
 
@@ -6,6 +6,7 @@ PEERS = """
 import torch
 from peers import HFPeers
 from throughput_worker import Request
+from transformers import AutoModelForCausalLM
 
 torch.set_num_threads(1)
 base, value, second = sys.argv[1:]
@@ -18,7 +19,21 @@ for weights in ((), (1.0,), (1.0, -1.0), (0.5, 2.0)):
         run = peers.run(requests, weights, batch_size)
         assert run.tokens == expected, (weights, batch_size)
         assert all(times == sorted(times) and len(times) == r.output_len for times, r in zip(run.times, requests))
-assert peers.recomputed(requests, (1.0,)) != peers.recomputed(requests, ())
+steered, alone = peers.recomputed(requests, (1.0,)), peers.recomputed(requests, ())
+assert steered != alone
+ones = [(1.0,)] * len(requests)
+assert peers.shortfall(requests, steered, ones)[0] == 0
+# Tokens of the formula fall short by nothing, of two of its tokens that were exchanged by the logits of these two.
+assert peers.shortfall(requests, alone, ones)[0] > 0
+logits, (prompt, first) = [], (requests[0].prompt, steered[0][0])
+for model, weight in ((base, 1.0), (value, 1.0)):
+    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    columns = model(torch.tensor([prompt])).logits[0, -1].detach()
+    logits.append(columns)
+joint = logits[0] + torch.nn.functional.pad(logits[1], (0, len(logits[0]) - len(logits[1])))[: len(logits[0])]
+other = (first + 1) % 300
+short, best = peers.shortfall([Request(prompt, 1)], [[other]], [(1.0,)])
+assert abs(short - float(joint.max() - joint[other])) < 1e-4 and abs(best - float(joint.max().abs())) < 1e-4
 print("ok")
 """
 
@@ -173,64 +188,8 @@ def test_few_requests_stand_for_all_and_rounds_for_the_median():
     assert run_python(SUBSET).endswith("ok\n")
 
 
-CHECK = """
-from types import SimpleNamespace
-from throughput_check import check
-from throughput_models import SCALES
-from throughput_serving import CASES
-
-FORMULA = {(): 1, (1.0,): 2, (1.0, 0.5): 3}
-
-
-class Peers:
-    def call(self, method, requests, weights, cascade):
-        return [[FORMULA[weights] + 10 * cascade, *request.prompt] for request in requests]
-
-
-class Engine:
-    # Tokens as the formula gives them, or not quite.
-    def __init__(self, name, wrong):
-        self.name, self.wrong = name, wrong
-
-    def call(self, method, requests):
-        steered = {"two": 3, "cascade": 12}.get(self.name, 2)
-        marks = [1 if request.ivl is None else steered for request in requests]
-        if self.wrong == "neighbour":
-            marks = marks[-1:] + marks[:-1]
-        return SimpleNamespace(tokens=[[mark, *request.prompt] for mark, request in zip(marks, requests)])
-
-
-setup = SimpleNamespace(scale=SCALES["tiny"])
-cases = [case for case in CASES if case.name != "value"]
-engines = {case.engine: Engine(case.engine, "") for case in cases}
-found = check(setup, engines, cases, Peers())
-assert found["checked"] and found["cases"]["10 %"] == {"steered": 1, "other_tokens_than_base": 1}, found
-assert found["cases"]["50 %"] == {"steered": 5, "other_tokens_than_base": 5}, found
-
-
-def refused(engines, peers, text):
-    try:
-        check(setup, engines, cases, peers)
-    except RuntimeError as error:
-        assert text in str(error), error
-    else:
-        raise AssertionError(f"accepted: {text}")
-
-
-# Right when all or none are steered, wrong in mixed batches.
-refused(engines | {"ours": Engine("ours", "neighbour")}, Peers(), "10 % steered")
-FORMULA[(1.0,)] = 1
-Engine.call = lambda self, method, requests: SimpleNamespace(tokens=[[1, *request.prompt] for request in requests])
-refused({case.engine: Engine(case.engine, "") for case in cases}, Peers(), "no steered request")
-print("ok")
-"""
-
-
-def test_mixed_batches_are_checked_request_by_request_with_a_control():
-    assert run_python(CHECK).endswith("ok\n")
-
-
 DRAFTS = """
+from dataclasses import replace
 from throughput_models import SCALES
 from throughput_serving import SPECULATIVE, Setup
 from vllm.engine.arg_utils import EngineArgs
@@ -246,7 +205,7 @@ for name in dict.fromkeys(case.engine for case in SPECULATIVE):
         assert config.speculative_config.num_speculative_tokens == 3
 assert "VLLM_USE_V2_MODEL_RUNNER" not in setup.engine("ours")[2]
 assert {case.against for case in SPECULATIVE} == {SPECULATIVE[0].name}
-gpu = Setup(SCALES["gpu"], 1, "cuda", True, {})
+gpu = Setup(replace(SCALES["gpu"], random_weights=False), 1, "cuda", True, {})
 assert gpu.engine("ours, drafts")[1]["options"] | {"load_format": "dummy", "enforce_eager": False} == (
     gpu.engine("ours, drafts")[1]["options"]
 )
@@ -259,6 +218,7 @@ def test_engines_with_drafts_are_wired():
 
 
 RUNNERS = """
+from dataclasses import replace
 import vllm
 from throughput import skipped, usual_parts
 from throughput_models import SCALES
@@ -267,12 +227,13 @@ from throughput_serving import Setup, steers_in_v2
 for version, newer in (("0.26.0", False), ("0.30.2+cu130", False), ("0.31.0", True), ("1.0.0", True)):
     vllm.__version__ = version
     assert steers_in_v2() == newer, version
-    setup = Setup(SCALES["gpu"], 1, "cuda", True, {})
+    setup = Setup(replace(SCALES["gpu"], random_weights=False), 1, "cuda", True, {})
     # Plain vLLM and ours, in the same runner.
     for name in ("plain", "ours"):
         assert setup.engine(name)[2].get("VLLM_USE_V2_MODEL_RUNNER") == (None if newer else "0"), version
     assert "VLLM_USE_V2_MODEL_RUNNER" not in Setup(SCALES["tiny"], 1, "cpu", True, {}).environment
     assert usual_parts("gpu", newer) == ["compiled", "speculative"][: 2 if newer else 1]
+    assert usual_parts("gpu-peers", newer) == ["sweep", "peers"]
     assert usual_parts("cpu", newer) == ["serving", "compiled", "sweep", "peers"]
     assert ("speculative decoding" in [entry["what"] for entry in skipped("cuda", newer)]) == (not newer)
 print("ok")
