@@ -18,16 +18,16 @@ ROWS, WIDTH = 40, 16
 class Model(nn.Module):
     """As much of a vLLM model as its output projection needs."""
 
-    def __init__(self, bias=0.0, scale=1.0, soft_cap=None, tp_size=1, method=None):
+    def __init__(self, bias=0.0, scale=1.0, soft_cap=None, tp_size=1, method=None, spread=1.0):
         super().__init__()
-        weight = nn.Parameter(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)))
+        weight = nn.Parameter(spread * torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)))
         self.lm_head = nn.Module()
         self.lm_head.weight = weight
         self.lm_head.quant_method, self.lm_head.tp_size = method or UnquantizedEmbeddingMethod(), tp_size
         self.bias, self.scale, self.soft_cap = bias, scale, soft_cap
 
     def compute_logits(self, hidden):
-        logits = hidden @ self.lm_head.weight.t() * self.scale + self.bias
+        logits = hidden @ self.lm_head.weight.to(hidden.dtype).t() * self.scale + self.bias
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
@@ -90,6 +90,21 @@ def test_a_plain_head_is_fused(triton, caplog):
     network, said = made(caplog, model)
     assert torch.equal(network.head, model.lm_head.weight)
     assert said == ["ivl: value network small: output projection fused with the weighted add"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.05, 1.0])
+def test_small_biases_and_wide_soft_caps_are_seen_in_every_dtype(triton, dtype, spread):
+    def head(**more):
+        return network_module._plain_head(Model(spread=spread, **more).to(dtype), ROWS)[0]
+
+    assert torch.equal(head(), Model(spread=spread).lm_head.weight.to(dtype))
+    for more in ({"bias": 0.05 * spread}, {"soft_cap": 30.0}, {"scale": 0.9}):
+        assert head(**more) is None, more
+
+
+def test_logits_beyond_the_numbers_of_a_dtype_say_nothing(triton):
+    assert network_module._plain_head(Model(spread=1e3).to(torch.float16), ROWS)[0] is None
 
 
 REASONS = {

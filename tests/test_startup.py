@@ -12,6 +12,7 @@ from parity import create
 
 import ivl_vllm
 from ivl_vllm import plugin
+from ivl_vllm.training.ivl_config import IVLConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +106,20 @@ def test_the_compile_cache_key_knows_order_and_content(models):
 
     assert len({key("value", "anti"), key("anti", "value"), key("value")}) == 3
     assert key("value", "anti") == key("value", "anti")
+
+
+def test_the_compile_cache_key_knows_what_a_network_reads(models, tmp_path):
+    """One folder may hold another scheme at the next start, whose forward takes embeddings in place of token ids."""
+    folder = tmp_path / "value"
+    shutil.copytree(models["value"], folder)
+
+    def key():
+        return create(models["base"], **ivl_vllm.engine_args(value_model=str(folder))).compute_hash()
+
+    before = key()
+    assert before == key()
+    IVLConfig("base", "cascade", "none", 0.0, 1, "0" * 64).write(folder)
+    assert key() != before
 
 
 def test_settings_of_engines_that_are_gone_admit_nothing(models):

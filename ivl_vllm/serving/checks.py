@@ -9,7 +9,13 @@ from vllm import envs
 
 from ivl_vllm.plugin import ENGINE_KEY, LOAD_FORMAT
 from ivl_vllm.serving import admission
-from ivl_vllm.serving.network_checks import check_decoder_only, check_network, fingerprint, has_states
+from ivl_vllm.serving.network_checks import (
+    check_decoder_only,
+    check_network,
+    fingerprint,
+    has_states,
+    reads_token_ids,
+)
 from ivl_vllm.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -40,8 +46,12 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
     models = [vllm_config.model_config]
     models += [check_network(vllm_config, source) for source in settings.networks]
     _check_connectors(vllm_config, models)
-    # Part of vLLM's compile cache key, which by itself knows neither the networks' order nor what their folders hold.
-    hashes = [[*source, model.compute_hash()] for source, model in zip(settings.networks, models[1:], strict=True)]
+    # Part of vLLM's compile cache key, which by itself knows neither the networks' order nor what their folders hold:
+    # what is there now may read embeddings where it read token ids before.
+    hashes = [
+        [*source, reads_token_ids(source), model.compute_hash()]
+        for source, model in zip(settings.networks, models[1:], strict=True)
+    ]
     vllm_config.additional_config[ENGINE_KEY]["networks"] = hashes
     if vllm_config.kv_transfer_config is not None:
         vllm_config.additional_config[ENGINE_KEY]["fingerprint"] = fingerprint(settings.networks)

@@ -21,7 +21,7 @@ from ivl_vllm.serving.cached_layers import check_states, keep_whole_context, use
 from ivl_vllm.serving.checks import READING_DRAFTERS, engine_settings
 from ivl_vllm.serving.joined_model import join
 from ivl_vllm.serving.network import Network, StableInput
-from ivl_vllm.serving.network_checks import is_multimodal, network_config, network_scheme
+from ivl_vllm.serving.network_checks import is_multimodal, network_config, network_scheme, reads_token_ids
 from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
 from ivl_vllm.serving.solved_weights import warm_up_solvers
 from ivl_vllm.serving.steps import Steps, watch_steps
@@ -138,8 +138,7 @@ def _load_network(
     # forward knows its layers by name, and takes token ids or embeddings.
     scheme = network_scheme(source.model)
     vocab_map = None if source.vocab_map is None else VocabMap.load(source.vocab_map)
-    reads_ids = scheme == "residual" and (vocab_map is None or vocab_map.single)
-    config.additional_config = {**vllm_config.additional_config, "ivl_network": [number, reads_ids]}
+    config.additional_config = {**vllm_config.additional_config, "ivl_network": [number, reads_token_ids(source)]}
 
     layers = vllm_config.compilation_config.static_forward_context
     before = set(layers)

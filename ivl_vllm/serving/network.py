@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,9 @@ from ivl_vllm.vocab.vocab_map import VocabMap
 
 # vLLM shows what is logged under its own name and nothing else.
 logger = init_logger(f"vllm.{__name__}")
+
+# Hidden states that output projections are asked about.
+PROBE = 100.0
 
 
 class StableInput:
@@ -201,11 +205,31 @@ def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None,
         return None, "VLLM_BATCH_INVARIANT asks for vLLM's own kernels"
     matrix = weight[:vocab_size]
     # Scales, soft caps, biases and dtypes live in as many places as there are models: ask the model itself.
-    probe = torch.linspace(-1, 1, 2 * matrix.shape[1], device=matrix.device).view(2, -1).to(matrix.dtype)
     with torch.inference_mode():
-        theirs = model.compute_logits(probe).float()
-        ours = (probe @ matrix.t()).float()
+        probe = head_probe(torch.zeros(2, matrix.shape[1], dtype=matrix.dtype, device=matrix.device))
+        theirs, ours = model.compute_logits(probe).float(), (probe @ matrix.t()).float()
     tolerance = torch.finfo(matrix.dtype).eps * 8 * ours.abs().max().item() + 1e-6
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.0, atol=tolerance):
+    if not (
+        is_linear(model.compute_logits, probe)
+        and theirs.shape == ours.shape
+        and math.isfinite(tolerance)
+        and torch.allclose(theirs, ours, rtol=0.0, atol=tolerance)
+    ):
         return None, "its logits are more than a projection (a bias, a scale or a soft cap)"
     return matrix, ""
+
+
+def head_probe(hidden: torch.Tensor) -> torch.Tensor:
+    """Numbers of both signs for hidden states of this form, so large that a soft cap of the logits shows."""
+    numbers = torch.linspace(-PROBE, PROBE, hidden.numel(), device=hidden.device)
+    return numbers.view_as(hidden).to(hidden.dtype)
+
+
+@torch.inference_mode()
+def is_linear(logits_of: Callable[[torch.Tensor], torch.Tensor], probe: torch.Tensor) -> bool:
+    """Whether logits are a projection of hidden states: to double these is exact in every dtype, rounding or not.
+
+    A bias or a soft cap is within rounding of 16 bits, if small hidden states are asked once.
+    """
+    once, twice, nothing = logits_of(probe), logits_of(2 * probe), logits_of(0 * probe)
+    return torch.equal(twice, 2 * once) and not nothing.any().item()

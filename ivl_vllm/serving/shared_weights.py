@@ -16,14 +16,12 @@ from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from ivl_vllm.serving.network import Network
+from ivl_vllm.serving.network import Network, head_probe, is_linear
 from ivl_vllm.settings import NetworkSource
 
 # vLLM shows what is logged under its own name and nothing else.
 logger = init_logger(f"vllm.{__name__}")
 
-# So large that a soft cap of the logits shows.
-PROBE = 100.0
 # Bytes that are compared at a time.
 CHUNK = 1 << 26
 
@@ -108,13 +106,10 @@ def _one_projection(one: Network, other: Network) -> bool:
     shared = head is not None and head is getattr(other.model, "lm_head", None)
     if not _on_all_ranks(shared and (one.head is None) == (other.head is None)):
         return False
-    probe = one.no_hidden(2)
-    probe += torch.linspace(-PROBE, PROBE, probe.numel(), device=probe.device).view_as(probe).to(probe.dtype)
-    ours, theirs = one.value_logits(probe).float(), other.value_logits(probe).float()
-    # A bias or a soft cap is more than a projection. Twice as much is exact in every dtype.
-    twice, nothing = one.value_logits(2 * probe).float(), one.value_logits(0 * probe)
-    linear = torch.equal(twice, 2 * ours) and not nothing.any()
-    return _on_all_ranks(linear and torch.equal(ours, theirs))
+    probe = head_probe(one.no_hidden(2))
+    # All ranks have to project as often.
+    linear, ours, theirs = is_linear(one.value_logits, probe), one.value_logits(probe), other.value_logits(probe)
+    return _on_all_ranks(linear and torch.equal(ours.float(), theirs.float()))
 
 
 def _on_all_ranks(answer: bool) -> bool:

@@ -62,7 +62,7 @@ def load_compiled(name: str) -> ModuleType | None:
     """A module of this package that numba compiles, which takes seconds.
 
     Args:
-        name: `"fused_add"` or `"fused_rows"`.
+        name: `"fused_add"`, `"fused_projection"` or `"fused_rows"`.
 
     Returns:
         The module, or None where numba is missing or does not work. A fault of the module itself is raised.

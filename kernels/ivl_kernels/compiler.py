@@ -3,7 +3,8 @@
 import contextlib
 
 from llvmlite.binding import ffi
-from numba import config, njit
+from numba import config, njit, types
+from numba.extending import intrinsic
 
 if config.DISABLE_JIT:
     raise ImportError("numba compiles nothing here (NUMBA_DISABLE_JIT)")
@@ -13,4 +14,4 @@ if config.DISABLE_JIT:
 with contextlib.suppress(AttributeError):
     ffi.lib._fntab.setdefault("__dict__", {})
 
-__all__ = ["njit"]
+__all__ = ["config", "intrinsic", "njit", "types"]

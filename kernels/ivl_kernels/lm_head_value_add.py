@@ -2,11 +2,13 @@
 
 import torch
 
-from ivl_kernels.checks import check_operands, choose_backend
+from ivl_kernels.checks import check_operands, choose_backend, load_compiled
 from ivl_kernels.value_add import steered_rows, take_rows, value_add_torch
 
 # Bytes of the projection matrix, as float32, that the torch backend multiplies at a time.
 BLOCK_BYTES = 4 << 20
+# Rows up to which numba's loops are faster than a BLAS library.
+FUSED_ROWS = 64
 
 
 def lm_head_value_add(
@@ -78,34 +80,41 @@ def lm_head_value_add_torch(
     matrix = lm_head_weight
     if vocab_map is None and logits.shape[1] < matrix.shape[0]:
         matrix = matrix[: logits.shape[1]]
-    value_logits = project(inputs.to(torch.float32), matrix)
+    value_logits = project(inputs, matrix)
     steered = rows, range(len(rows)), factors
     return value_add_torch(logits, value_logits, weights, row_index, vocab_map, steered)
 
 
 def project(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Multiply float32 `inputs` `[n, H]` by `matrix.T` (`[V, H]`, any dtype) in float32, giving `[n, V]`.
+    """Multiply `inputs` `[n, H]` by `matrix.T` (`[V, H]`, same dtype) with float32 sums, giving float32 `[n, V]`.
 
-    Other dtypes are widened block by block into one buffer, which stays in the cache. A float32 matrix is read where it
-    is, and then the order of the operands matters: for up to four rows the BLAS library packs the matrix for nothing
-    unless it comes first, and one row is read more slowly than two, so that it goes twice.
+    Where numba is installed, `ivl_kernels.fused_projection` does what `is_projected` tells, torch's operations the
+    rest: a float32 matrix is read where it is, others are widened block by block into one buffer, which stays in the
+    cache.
     """
     count, (columns, width) = inputs.shape[0], matrix.shape
     value_logits = torch.empty(count, columns, dtype=torch.float32, device=inputs.device)
+    fused = load_compiled("fused_projection") if is_projected(inputs, matrix) else None
+    if fused is not None and fused.can_project(inputs.dtype):
+        fused.project_fused(inputs.detach(), matrix.detach(), value_logits)
+        return value_logits
+    if matrix.dtype == torch.float32:
+        return torch.mm(inputs, matrix.t(), out=value_logits)
+    inputs = inputs.to(torch.float32)
     block = max(1, min(columns, BLOCK_BYTES // (4 * max(1, width))))
-    is_float32 = matrix.dtype == torch.float32
-    matrix_first = is_float32 and count <= 4
-    if matrix_first:
-        factors = (inputs.expand(2, width).contiguous() if count == 1 else inputs).t()
-    elif not is_float32:
-        buffer = torch.empty(block, width, dtype=torch.float32, device=inputs.device)
+    buffer = torch.empty(block, width, dtype=torch.float32, device=inputs.device)
     for start in range(0, columns, block):
         part = slice(start, start + block)
         rows = matrix[part]
-        if matrix_first:
-            value_logits[:, part] = torch.mm(rows, factors)[:, :count].t()
-        else:
-            if not is_float32:
-                rows = buffer[: rows.shape[0]].copy_(rows)
-            torch.mm(inputs, rows.t(), out=value_logits[:, part])
+        torch.mm(inputs, buffer[: rows.shape[0]].copy_(rows).t(), out=value_logits[:, part])
     return value_logits
+
+
+def is_projected(inputs: torch.Tensor, matrix: torch.Tensor) -> bool:
+    """Whether numba's loops can take these and are the fastest way."""
+    return (
+        inputs.is_cpu
+        and inputs.dtype in (torch.float32, torch.bfloat16)
+        and 0 < inputs.shape[0] <= FUSED_ROWS
+        and matrix.numel() > 0
+    )
