@@ -168,7 +168,7 @@ def measure_cpu(quick: bool) -> dict:
         for dtype in (torch.float32, torch.bfloat16)
         for has_map in (False, True)
     ]
-    head = [(r, torch.float32) for r in (1, 2, 4, 8, 16)] + [(r, torch.bfloat16) for r in (1, 4, 16)]
+    head = [(r, torch.float32) for r in (1, 2, 4, 8, 16, 64)] + [(r, torch.bfloat16) for r in (1, 4, 16, 64)]
     cases += [{"rows": r, "columns": 32_000, "hidden": 896, "value_dtype": t} for r, t in (head[:2] if quick else head)]
     results = []
     for case in progress(cases):
