@@ -33,7 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 ENGINE = {
     "dtype": "float32",
-    "enforce_eager": True,
+    # PARITY_COMPILED=1 pytest ...: by hand, the same suites with torch.compile and, on a GPU, CUDA graphs.
+    "enforce_eager": os.environ.get("PARITY_COMPILED") != "1",
     "max_model_len": 256,
     "kv_cache_memory_bytes": 32 << 20,
     "gpu_memory_utilization": 0.3,  # what has to be free where engines start

@@ -1,10 +1,12 @@
 """The joined forward on its own: what a GPU with CUDA graphs in pieces needs, shown on the CPU."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
 
 import torch
+from parity import create
 from torch import nn
 
 from ivl_vllm.serving.joined_model import join
@@ -161,6 +163,30 @@ def test_layers_that_a_quantized_checkpoint_leaves_as_they_are(models, tmp_path)
     kept = found.get_quant_method(layer, prefix="ivl_0.model.layers.0.mlp.down_proj")
     assert isinstance(kept, UnquantizedLinearMethod)
     assert quantization(ModelConfig(str(models["value"])), LoadConfig(), "ivl_0") is None
+
+
+def test_attention_is_set_up_for_the_networks_own_architecture(models, monkeypatch):
+    """As vLLM does for Gemma 4, whose wide heads some kernels cannot take; the engine's settings stay the base's."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from ivl_vllm.serving.loader import use_attention_of_model
+
+    class Hook:
+        @staticmethod
+        def verify_and_update_config(config):
+            config.attention_config.flash_attn_version = 4
+            config.cache_config.block_size = 4096
+            config.compilation_config.max_cudagraph_capture_size = 4096
+
+    engine = create(models["base"])
+    own = copy.copy(engine)
+    use_attention_of_model(own)  # nothing is known of this architecture
+    assert own.attention_config is engine.attention_config
+    monkeypatch.setitem(MODELS_CONFIG_MAP, engine.model_config.architecture, Hook)
+    use_attention_of_model(own)
+    assert own.attention_config.flash_attn_version == 4 and engine.attention_config.flash_attn_version is None
+    assert own.compilation_config is engine.compilation_config and own.cache_config is engine.cache_config
+    assert engine.cache_config.block_size != 4096 != engine.compilation_config.max_cudagraph_capture_size
 
 
 def test_value_networks_are_not_offloaded():

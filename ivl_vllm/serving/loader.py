@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -13,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.offloader import NoopOffloader, get_offloader, set_offloader
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
@@ -128,6 +130,7 @@ def _load_network(
     asked = vllm_config.additional_config[ENGINE_KEY]["kv_cache_dtype"]
     config.cache_config.cache_dtype = resolve_kv_cache_dtype_string(asked, model_config)
     config.lora_config = None
+    use_attention_of_model(config)
     if vllm_config.parallel_config.enable_eplb:
         # Only the base's experts are known to vLLM's balancer.
         config.parallel_config = copy.copy(vllm_config.parallel_config)
@@ -170,6 +173,22 @@ def _load_network(
         vocab_map,
         is_multimodal(vllm_config.model_config),
     )
+
+
+def use_attention_of_model(config: VllmConfig) -> None:
+    """Has attention set up as vLLM does for this architecture (Gemma 4's wide heads take other kernels, for example).
+
+    What else vLLM would set for it is the engine's, which is the base's. Its own model configuration may change.
+    """
+    hook = MODELS_CONFIG_MAP.get(config.model_config.architecture)
+    if hook is None:
+        return
+    tried = copy.copy(config)
+    for name, part in vars(config).items():
+        if dataclasses.is_dataclass(part) and part is not config.model_config:
+            setattr(tried, name, copy.copy(part))
+    hook.verify_and_update_config(tried)
+    config.attention_config = tried.attention_config
 
 
 def window_of_all_layers(model_config: ModelConfig) -> int | None:
