@@ -51,6 +51,8 @@ class AddValues(LogitsProcessor):
             value = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments).logits[:, -1]
             columns = min(value.shape[1], scores.shape[1])
             scores[:, :columns].add_(value[:, :columns], alpha=weight)
+        if scores.is_cuda:  # `generate()` would wait for the same a moment later
+            torch.cuda.synchronize()
         self.times.append(clock())
         return scores
 
@@ -97,6 +99,8 @@ class HFPeers:
                 run.tokens[number] = row[:length]
                 run.times[number] = [moment - start for moment in times[:length]]
         run.seconds = clock() - start
+        if self._device == "cuda":  # what it keeps, engines in other processes cannot have
+            torch.cuda.empty_cache()
         run.check_lengths(requests)
         return run
 

@@ -5,9 +5,10 @@ Wiring:      python benchmarks/throughput.py --quick       the same models, a qu
 Curves:      python benchmarks/throughput.py --only curves concurrency, size of the value network, vocabulary, context
 Busy CPU:    python benchmarks/throughput.py --threads 1 --clock cpu     CPU time of one thread, +-5 % a round
 On a GPU:    python benchmarks/throughput.py --scale gpu   shapes of Qwen2.5-7B and 0.5B, bf16, random weights (17 GB on
-                                                           disk); compiled, with drafts from vLLM 0.31 on
+                                                           disk); compiled, with drafts from vLLM 0.32 on
 Its peers:   python benchmarks/throughput.py --scale gpu-peers   every other way, beside the shape of Qwen2.5-3B (8 GB)
-             Ten minutes each by estimate: neither has ever run, no GPU was at hand.
+             Eight and ten minutes by estimate (--only sweep, then --only peers, are shorter): neither has ever run, no
+             GPU was at hand.
 
 `serving` is eager, `compiled` has torch.compile (CUDA graphs on a GPU), and so has vLLM beside its peers. Requests are
 sent all at once; cases take turns, round after round, and figures are medians over rounds. Flags and fields are those
@@ -64,17 +65,17 @@ def environment(threads: int, device: str) -> dict:
 def skipped(device: str, drafts_run: bool) -> list[dict[str, str]]:
     """What is not measured, and why."""
     if device == "cuda":
-        older = "before vLLM 0.31 runner V2, which drafts need beside a logits processor, takes none"
+        older = "vLLM takes n-gram drafts beside a logits processor from 0.32 on"
         return [] if drafts_run else [{"what": "speculative decoding", "why": older}]
     drafts = "vLLM's runner V1 takes no logits processors beside a drafter, and V2 needs Triton, so not on a CPU"
     never = "no GPU was at hand: --scale gpu has never run"
     return [{"what": "speculative decoding", "why": drafts}, {"what": "every GPU figure", "why": never}]
 
 
-def usual_parts(scale: str, steers_in_v2: bool) -> list[str]:
+def usual_parts(scale: str, drafts_run: bool) -> list[str]:
     """What runs where `--only` says nothing: on a GPU vLLM's default, compiled, and with drafts where vLLM can."""
     if scale == "gpu":
-        return ["compiled", *(["speculative"] if steers_in_v2 else [])]
+        return ["compiled", *(["speculative"] if drafts_run else [])]
     return ["sweep", "peers"] if scale == "gpu-peers" else ["serving", "compiled", "sweep", "peers"]
 
 
@@ -121,7 +122,8 @@ def main() -> None:
     from throughput_models import SCALES
     from throughput_peers import measure as measure_peers
     from throughput_peers import sweep
-    from throughput_serving import CASES, FEW, SPECULATIVE, Setup, measure, steers_in_v2
+    from throughput_serving import CASES, FEW, SPECULATIVE, Setup, drafts_run, measure
+    from throughput_table import write
     from vllm.platforms import current_platform
 
     arguments.scale = arguments.scale or ("gpu" if current_platform.is_cuda() else "cpu")
@@ -141,11 +143,11 @@ def main() -> None:
         parser.error(f"--clock cpu adds up the time of {arguments.threads} threads: give --threads 1 with it")
     name = f"throughput-{arguments.scale}{'-quick' if arguments.quick else ''}.json"
     output = arguments.output_json or HERE / "results" / name
-    parts = arguments.only or usual_parts(arguments.scale, steers_in_v2())
+    parts = arguments.only or usual_parts(arguments.scale, drafts_run())
     if "speculative" in parts and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--only speculative needs vLLM's runner V2 and Triton: a GPU")
-    if "speculative" in parts and not steers_in_v2():
-        parser.error("--only speculative needs vLLM 0.31 or later, whose runner V2 takes logits processors")
+    if "speculative" in parts and not drafts_run():
+        parser.error("--only speculative needs vLLM 0.32 or later, which takes n-gram drafts beside a logits processor")
     # Four engines of 7 B would not fit on a GPU of 80 GB.
     wanted = arguments.cases or (
         ["plain", "none", "none, no skip", "10 %", "50 %", "all"] if device == "cuda" else [c.name for c in CASES]
@@ -154,6 +156,8 @@ def main() -> None:
 
     def setup(compiled: bool = False) -> Setup:
         return Setup(scale, arguments.threads, device, compiled, arguments.engine_args, arguments.clock == "cpu")
+
+    import vllm.benchmarks.serve  # noqa: F401  (what it lacks is missed before the first round)
 
     found_environment = environment(arguments.threads, device) | {"clock": arguments.clock}
     if arguments.profile:
@@ -167,7 +171,7 @@ def main() -> None:
         return json.loads(output.read_text()) if output.exists() else {"sections": {}}
 
     def save(section: str, found: dict) -> None:
-        report = saved() | {"skipped": skipped(device, steers_in_v2())}
+        report = saved() | {"skipped": skipped(device, drafts_run())}
         found["environment"] = found_environment
         found["scale"] = asdict(scale) | {"base_parameters": scale.base.parameters}
         found["scale"] |= {"value_parameters": scale.value.parameters, "quick": arguments.quick}
@@ -175,7 +179,6 @@ def main() -> None:
         report["goals"] = goals(report["sections"])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n")
-        from throughput_table import write
 
         write(report, output)
 

@@ -89,7 +89,8 @@ class Shape:
         Args:
             positions: Context length in tokens.
         """
-        # Wide enough that the two best logits differ by more than rounding, and that greedy outputs do not loop.
+        # Wide enough that the two best logits differ by more than rounding, and that greedy outputs do not loop. In
+        # wide models attention would get so sharp that the rounding of 16 bits grows from layer to layer.
         return {
             "architectures": [f"{self.architecture}ForCausalLM"],
             "model_type": self.architecture.lower(),
@@ -100,7 +101,7 @@ class Shape:
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
             "max_position_embeddings": positions,
-            "initializer_range": 0.06,
+            "initializer_range": 0.06 if self.hidden <= 768 else 1.2 / self.hidden**0.5,
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
@@ -180,7 +181,7 @@ SCALES = {
         96,
         (64, 1024),
         (64, 192),
-        8 << 30,
+        5 << 30,
         8192,
     ),
     # Qwen2.5-3B: four engines and three Hugging Face models fit there.
@@ -192,7 +193,7 @@ SCALES = {
         64,
         (64, 512),
         (32, 192),
-        4 << 30,
+        2 << 30,
         8192,
     ),
 }

@@ -45,8 +45,8 @@ HF_CASES = [
 BATCHED = [case for case in HF_CASES if case.batched]
 # Batch sizes of the sweep: what is small takes minutes on a GPU and is never its best.
 SIZES = {"cpu": (4, 8, 16, 32, 64, 128, 256), "cuda": (16, 32, 64, 128, 256)}
-# Requests that stand for all where they run one by one.
-ONE_BY_ONE = 8
+# Requests that stand for all where they run one by one, which is what takes longest.
+ONE_BY_ONE = {"cpu": 8, "cuda": 4}
 SUBSET = (
     "evenly spaced in the order of their length; their time is scaled by prompt tokens up to the first token and by "
     "output tokens after it"
@@ -137,7 +137,7 @@ def measure(
     """
     scale = setup.scale
     requests = sample(scale, scale.prompts, seed)
-    few = [requests[number] for number in quantiles(requests, ONE_BY_ONE)]
+    few = [requests[number] for number in quantiles(requests, ONE_BY_ONE[setup.device])]
     say("starting engines and peers")
     runs: dict[str, list[Timed]] = {}
     names = list(dict.fromkeys(case.engine for case in ENGINE_CASES))

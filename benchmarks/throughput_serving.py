@@ -82,6 +82,13 @@ def steers_in_v2() -> bool:
     return Version(vllm.__version__).release >= (0, 31)
 
 
+def drafts_run() -> bool:
+    """Whether this vLLM takes n-gram drafts beside a logits processor."""
+    import vllm
+
+    return Version(vllm.__version__).release >= (0, 32)
+
+
 class ServedEngine(Engine):
     """A vLLM engine in this process that tells which model runner it has."""
 

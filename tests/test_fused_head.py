@@ -99,8 +99,12 @@ def test_small_biases_and_wide_soft_caps_are_seen_in_every_dtype(triton, dtype, 
         return network_module._plain_head(Model(spread=spread, **more).to(dtype), ROWS)[0]
 
     assert torch.equal(head(), Model(spread=spread).lm_head.weight.to(dtype))
-    for more in ({"bias": 0.05 * spread}, {"soft_cap": 30.0}, {"scale": 0.9}):
+    for more in ({"bias": 0.05 * spread}, {"soft_cap": 30.0}, {"scale": 0.9}, {"scale": 0.99}):
         assert head(**more) is None, more
+
+
+def test_small_logits_that_float16_rounds_are_a_projection_too(triton):
+    assert network_module._plain_head(Model(spread=1e-6).to(torch.float16), ROWS)[0] is not None
 
 
 def test_logits_beyond_the_numbers_of_a_dtype_say_nothing(triton):

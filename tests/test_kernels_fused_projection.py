@@ -91,6 +91,7 @@ def test_the_operation_projects_with_numba(calls, value_dtype, map_dtype):
         ("processor", 2, torch.bfloat16),
         ("bound to a core", 2, torch.float32),
         ("no rows", 0, torch.float32),
+        ("not aligned", 2, torch.float32),
     ],
 )
 def test_the_rest_is_left_to_torch(monkeypatch, calls, why, rows, dtype):
@@ -99,6 +100,9 @@ def test_the_rest_is_left_to_torch(monkeypatch, calls, why, rows, dtype):
     if why == "bound to a core":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1 + os.cpu_count())
     hidden, matrix, wanted = product(rows, 30, 40, dtype)
+    if why == "not aligned":  # as a file that is mapped into memory may be
+        bytes_of_it = torch.empty(matrix.nbytes + 1, dtype=torch.uint8)[1:]
+        matrix = torch.frombuffer(bytes_of_it.numpy(), dtype=torch.float32).view_as(matrix).copy_(matrix)
     torch.testing.assert_close(lm_head_module.project(hidden, matrix).double(), wanted, atol=1e-4, rtol=0)
     assert not calls
 
@@ -123,8 +127,9 @@ print("ok")
 """
 
 
-def test_processors_with_small_vectors():
+@pytest.mark.parametrize(("name", "told"), [("NUMBA_CPU_NAME", "generic"), ("NUMBA_ENABLE_AVX", "0")])
+def test_processors_with_small_vectors(name, told):
     """What numba is told to compile for counts, not what the machine has."""
-    environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
+    environment = os.environ | {name: told}
     done = subprocess.run([sys.executable, "-c", SMALL_VECTORS], env=environment, capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stderr

@@ -222,11 +222,11 @@ from dataclasses import replace
 import vllm
 from throughput import skipped, usual_parts
 from throughput_models import SCALES
-from throughput_serving import Setup, steers_in_v2
+from throughput_serving import Setup, drafts_run, steers_in_v2
 
 for version, newer in (("0.26.0", False), ("0.30.2+cu130", False), ("0.31.0", True), ("1.0.0", True)):
     vllm.__version__ = version
-    assert steers_in_v2() == newer, version
+    assert steers_in_v2() == newer and drafts_run() == (newer and version != "0.31.0"), version
     setup = Setup(replace(SCALES["gpu"], random_weights=False), 1, "cuda", True, {})
     # Plain vLLM and ours, in the same runner.
     for name in ("plain", "ours"):
@@ -267,9 +267,9 @@ vllm.platforms.current_platform = SimpleNamespace(is_cuda=lambda: True)
 for scale in ("cpu", "tiny"):
     code, said = refusal("--scale", scale)
     assert code == 2 and "would put its engines on the GPU: use --scale gpu" in said, said
-throughput_serving.steers_in_v2 = lambda: False
+throughput_serving.drafts_run = lambda: False
 code, said = refusal("--scale", "gpu", "--only", "speculative")
-assert code == 2 and "needs vLLM 0.31 or later" in said, said
+assert code == 2 and "needs vLLM 0.32 or later" in said, said
 print("ok")
 """
 

@@ -14,9 +14,11 @@ from ivl_vllm.serving.network_checks import (
     check_network,
     fingerprint,
     has_states,
+    network_scheme,
     reads_token_ids,
 )
 from ivl_vllm.settings import Settings, parse_settings
+from ivl_vllm.vocab.vocab_map import VocabMap
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -48,10 +50,11 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
     _check_connectors(vllm_config, models)
     # Part of vLLM's compile cache key, which by itself knows neither the networks' order nor what their folders hold:
     # what is there now may read embeddings where it read token ids before.
-    hashes = [
-        [*source, reads_token_ids(source), model.compute_hash()]
-        for source, model in zip(settings.networks, models[1:], strict=True)
-    ]
+    hashes = []
+    for source, model in zip(settings.networks, models[1:], strict=True):
+        vocab_map = None if source.vocab_map is None else VocabMap.load(source.vocab_map)
+        reads_ids = reads_token_ids(network_scheme(source.model), vocab_map)
+        hashes.append([*source, reads_ids, model.compute_hash()])
     vllm_config.additional_config[ENGINE_KEY]["networks"] = hashes
     if vllm_config.kv_transfer_config is not None:
         vllm_config.additional_config[ENGINE_KEY]["fingerprint"] = fingerprint(settings.networks)

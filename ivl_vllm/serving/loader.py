@@ -141,7 +141,8 @@ def _load_network(
     # forward knows its layers by name, and takes token ids or embeddings.
     scheme = network_scheme(source.model)
     vocab_map = None if source.vocab_map is None else VocabMap.load(source.vocab_map)
-    config.additional_config = {**vllm_config.additional_config, "ivl_network": [number, reads_token_ids(source)]}
+    reads_ids = reads_token_ids(scheme, vocab_map)
+    config.additional_config = {**vllm_config.additional_config, "ivl_network": [number, reads_ids]}
 
     layers = vllm_config.compilation_config.static_forward_context
     before = set(layers)

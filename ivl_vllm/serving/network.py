@@ -24,6 +24,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Hidden states that output projections are asked about.
 PROBE = 100.0
+# How far from 1 a scale of the logits may seem to be by rounding alone.
+MOST_SCALE = 0.002
 
 
 class StableInput:
@@ -214,6 +216,8 @@ def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None,
         and theirs.shape == ours.shape
         and math.isfinite(tolerance)
         and torch.allclose(theirs, ours, rtol=0.0, atol=tolerance)
+        # A scale near 1 is within rounding of each number, but not of all together.
+        and abs((theirs * ours).sum().item() / (ours * ours).sum().item() - 1) < MOST_SCALE
     ):
         return None, "its logits are more than a projection (a bias, a scale or a soft cap)"
     return matrix, ""
@@ -229,7 +233,9 @@ def head_probe(hidden: torch.Tensor) -> torch.Tensor:
 def is_linear(logits_of: Callable[[torch.Tensor], torch.Tensor], probe: torch.Tensor) -> bool:
     """Whether logits are a projection of hidden states: to double these is exact in every dtype, rounding or not.
 
-    A bias or a soft cap is within rounding of 16 bits, if small hidden states are asked once.
+    A bias or a soft cap is within rounding of 16 bits, if small hidden states are asked once. Only numbers below the
+    normal ones, which float16 has, are rounded otherwise when they are doubled.
     """
     once, twice, nothing = logits_of(probe), logits_of(2 * probe), logits_of(0 * probe)
-    return torch.equal(twice, 2 * once) and not nothing.any().item()
+    smallest = torch.finfo(once.dtype).smallest_normal
+    return torch.allclose(twice, 2 * once, rtol=0.0, atol=smallest) and not nothing.any().item()

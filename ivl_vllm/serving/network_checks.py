@@ -101,10 +101,9 @@ def network_scheme(network: str) -> str:
     return "residual" if config is None else config.scheme
 
 
-def reads_token_ids(source: NetworkSource) -> bool:
+def reads_token_ids(scheme: str, vocab_map: VocabMap | None) -> bool:
     """Whether the value network's forward is given token ids, not embeddings."""
-    is_single = source.vocab_map is None or VocabMap.load(source.vocab_map).single
-    return network_scheme(source.model) == "residual" and is_single
+    return scheme == "residual" and (vocab_map is None or vocab_map.single)
 
 
 def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource, scheme: str) -> None:

@@ -16,7 +16,8 @@ from llvmlite import binding, ir
 
 from ivl_kernels.compiler import config, intrinsic, njit, types
 
-_asked = config.CPU_NAME is not None or config.CPU_FEATURES is not None
+# Of this processor, unless numba is told to compile for another.
+_asked = config.CPU_NAME is not None or config.CPU_FEATURES is not None or not config.ENABLE_AVX
 FEATURES = {} if _asked else dict(binding.get_host_cpu_features())
 # Rows of the matrix, hidden rows and float32 numbers of each that registers hold the products of.
 STREAMS = 4
@@ -168,7 +169,7 @@ def _compiled(kind: type):
 
 
 _project = {torch.float32: _compiled(_Float32)}
-if FEATURES.get("avx512bf16"):
+if FEATURES.get("avx512bf16") and binding.llvm_version_info[0] >= 16:  # before, the intrinsic took integers
     _project[torch.bfloat16] = _compiled(_BFloat16)
 
 
@@ -194,7 +195,8 @@ def project_fused(hidden: torch.Tensor, matrix: torch.Tensor, output: torch.Tens
         return
     bounds = np.linspace(0, len(columns), count + 1).astype(int)
     parts = [slice(start, end) for start, end in itertools.pairwise(bounds)]
-    list(_pool(count, os.getpid()).map(lambda part: project(rows, columns[part], output[:, part]), parts))
+    pool = _pool(torch.get_num_threads(), os.getpid())
+    list(pool.map(lambda part: project(rows, columns[part], output[:, part]), parts))
 
 
 @functools.cache

@@ -117,4 +117,5 @@ def is_projected(inputs: torch.Tensor, matrix: torch.Tensor) -> bool:
         and inputs.dtype in (torch.float32, torch.bfloat16)
         and 0 < inputs.shape[0] <= FUSED_ROWS
         and matrix.numel() > 0
+        and inputs.data_ptr() % inputs.itemsize == matrix.data_ptr() % matrix.itemsize == 0
     )
