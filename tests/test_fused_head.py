@@ -107,6 +107,11 @@ def test_small_logits_that_float16_rounds_are_a_projection_too(triton):
     assert network_module._plain_head(Model(spread=1e-6).to(torch.float16), ROWS)[0] is not None
 
 
+def test_a_head_of_zeros_is_plain(triton):
+    """As `ivl train --zero_output_layer true` starts with."""
+    assert network_module._plain_head(Model(spread=0.0), ROWS)[0] is not None
+
+
 def test_logits_beyond_the_numbers_of_a_dtype_say_nothing(triton):
     assert network_module._plain_head(Model(spread=1e3).to(torch.float16), ROWS)[0] is None
 

@@ -217,7 +217,7 @@ def _plain_head(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor | None,
         and math.isfinite(tolerance)
         and torch.allclose(theirs, ours, rtol=0.0, atol=tolerance)
         # A scale near 1 is within rounding of each number, but not of all together.
-        and abs((theirs * ours).sum().item() / (ours * ours).sum().item() - 1) < MOST_SCALE
+        and abs((theirs * ours).sum() - (ours * ours).sum()) <= MOST_SCALE * (ours * ours).sum()
     ):
         return None, "its logits are more than a projection (a bias, a scale or a soft cap)"
     return matrix, ""
