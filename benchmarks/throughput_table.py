@@ -191,6 +191,7 @@ def markdown(report: dict) -> str:
             f"prompts of {scale['input_len'][0]}–{scale['input_len'][1]} and outputs of {scale['output_len'][0]}–"
             f"{scale['output_len'][1]} tokens; medians of {section.get('rounds', 1)} rounds in turns."
             + (f" Greedy tokens were compared with the formula's first{mixed}." if check.get("checked") else "")
+            + (f" TOKENS WERE NOT CHECKED: {check['why']}." if "why" in check else "")
             + _model_runners(section.get("model_runners", {}))
             + (" Seconds are CPU seconds of one thread." if found["clock"] == "cpu" else "")
             + (" QUICK RUN." if scale["quick"] else "")

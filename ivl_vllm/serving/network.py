@@ -237,5 +237,6 @@ def is_linear(logits_of: Callable[[torch.Tensor], torch.Tensor], probe: torch.Te
     normal ones, which float16 has, are rounded otherwise when they are doubled.
     """
     once, twice, nothing = logits_of(probe), logits_of(2 * probe), logits_of(0 * probe)
-    smallest = torch.finfo(once.dtype).smallest_normal
-    return torch.allclose(twice, 2 * once, rtol=0.0, atol=smallest) and not nothing.any().item()
+    kind = torch.finfo(once.dtype)
+    step = kind.smallest_normal * kind.eps  # between those numbers
+    return torch.allclose(twice.double(), 2 * once.double(), rtol=0.0, atol=2 * step) and not nothing.any().item()
