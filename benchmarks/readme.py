@@ -138,10 +138,11 @@ def run(section: dict[str, Any]) -> str:
     environment, scale = section["environment"], section["scale"]
     machine = environment.get("gpu") or environment["cpu"].partition(",")[0]
     clock = "CPU time of one thread" if environment["clock"] == "cpu" else f"{environment['threads']} threads"
+    starts = f" in {section['starts']} starts" if section.get("starts", 1) > 1 else ""
     return (
         f"`{environment['command']}`: {scale['base_parameters'] / 1e6:.0f} M base, "
         f"{scale['value_parameters'] / 1e6:.0f} M value network, {scale['prompts']} requests, "
-        f"medians of {section['rounds']} rounds, {machine}, {clock}"
+        f"medians of {section['rounds']} rounds{starts}, {machine}, {clock}"
         f"{measured(environment)}."
     )
 

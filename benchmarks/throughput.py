@@ -97,6 +97,14 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases of the part `serving` (default: all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 3, peers and GPU 2)")
     parser.add_argument(
+        "--starts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="start the engines of `serving` and `compiled` anew N times, with these rounds each (default: 1): "
+        "processes of one engine differ by a few percent",
+    )
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights and KV cache (default: the scale's)"
     )
     parser.add_argument("--num-prompts", type=int, metavar="N", help="requests, all sent at once")
@@ -118,11 +126,12 @@ def main() -> None:
         "--output-json", type=Path, metavar="FILE", help="default: benchmarks/results/throughput-SCALE.json"
     )
     arguments = parser.parse_args()
+    from throughput_cases import CASES, FEW, SPECULATIVE
     from throughput_goals import goals
     from throughput_models import SCALES
     from throughput_peers import measure as measure_peers
     from throughput_peers import sweep
-    from throughput_serving import CASES, FEW, SPECULATIVE, Setup, drafts_run, measure
+    from throughput_serving import Setup, drafts_run, measure
     from throughput_table import write
     from vllm.platforms import current_platform
 
@@ -192,12 +201,14 @@ def main() -> None:
         return functools.partial(save, section)
 
     if "serving" in parts:
-        measure(setup(), cases, rounds(3), arguments.seed, say, saver(arguments.section or "serving"))
+        keep = saver(arguments.section or "serving")
+        measure(setup(), cases, rounds(3), arguments.starts, arguments.seed, say, keep)
     if "compiled" in parts:
         few = cases if device == "cuda" else [case for case in CASES if case.name in (*FEW, "value")]
-        measure(setup(compiled=True), few, rounds(3), arguments.seed, say, saver("compiled"))
+        measure(setup(compiled=True), few, rounds(3), arguments.starts, arguments.seed, say, saver("compiled"))
     if "speculative" in parts:
-        measure(setup(compiled=device == "cuda"), SPECULATIVE, rounds(3), arguments.seed, say, saver("speculative"))
+        drafting = setup(compiled=device == "cuda")
+        measure(drafting, SPECULATIVE, rounds(3), 1, arguments.seed, say, saver("speculative"))
     if "sweep" in parts:
         sweep(setup(), arguments.seed, say, saver("sweep"))
     if "peers" in parts:

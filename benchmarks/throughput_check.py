@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from throughput_serving import Case, Setup, sample
+from throughput_cases import Case
+from throughput_serving import Setup, sample
 from throughput_worker import Request, Worker
 
 # One step of bfloat16, relative to the number.

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from throughput_bound import bound, loads
+from throughput_cases import CASES
 from throughput_check import check
 from throughput_models import Scale, Shape
-from throughput_serving import CASES, Setup
+from throughput_serving import Setup
 from throughput_worker import Request, Worker, workers
 
 OUTPUT_LEN = 16

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from throughput_cases import Case
 from throughput_check import check, check_peers
-from throughput_serving import Case, Setup, in_turns, sample, summary
+from throughput_serving import Setup, in_turns, sample, summary
 from throughput_worker import Request, Run, serve_metrics, workers
 
 ENGINE_CASES = [

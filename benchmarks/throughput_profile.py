@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from throughput_serving import Case, Setup, sample
+from throughput_cases import Case
+from throughput_serving import Setup, sample
 from throughput_worker import workers
 
 

@@ -6,73 +6,20 @@ import math
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from packaging.version import Version
 from peers import HFPeers
 from throughput_bound import Rates, bound, loads, phase_seconds
+from throughput_cases import Case
 from throughput_models import Scale, folder
 from throughput_worker import CLOCK, Engine, Request, Run, serve_metrics, workers
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+DRAFTER = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 # What vLLM's figures are kept of.
 KEPT = ("output_throughput", "total_token_throughput", "request_throughput", "duration")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way of serving the requests.
-
-    Args:
-        name: Key in the report.
-        label: For tables.
-        engine: Key of the engine that runs it.
-        ivl: What a steered request asks for.
-        share: Of the requests that are steered.
-        networks: Value networks that a steered request uses.
-        against: Key of the case that it is compared with.
-    """
-
-    name: str
-    label: str
-    engine: str
-    ivl: Any = None
-    share: float = 0.0
-    networks: int = 1
-    against: str = "plain"
-
-    def steered(self, count: int) -> set[int]:
-        """Which of `count` requests are steered: the share of them, evenly spread."""
-        return {int((number + 0.5) / self.share) for number in range(round(count * self.share))}
-
-    def requests(self, requests: list[Request]) -> list[Request]:
-        """The same requests, the steered ones marked."""
-        steered = self.steered(len(requests))
-        return [Request(r.prompt, r.output_len, self.ivl if n in steered else None) for n, r in enumerate(requests)]
-
-
-CASES = [
-    Case("plain", "base alone (plain vLLM)", "plain"),
-    Case("plain again", "base alone in another process", "plain again"),
-    Case("none", "none steered", "ours"),
-    Case("none, no skip", "none steered, skip_unsteered=false", "ours, no skip"),
-    Case("10 %", "10 % steered", "ours", 1.0, 0.1),
-    Case("50 %", "50 % steered", "ours", 1.0, 0.5),
-    Case("all", "all steered", "ours", 1.0, 1.0),
-    Case("two", "all steered by two value networks", "two", "default=1.0,second=0.5", 1.0, 2),
-    Case("cascade", "all steered by a cascade", "cascade", 1.0, 1.0),
-    Case("value", "value network alone (plain vLLM)", "value"),
-]
-FEW = ("plain", "plain again", "none", "all")
-# With drafts: only vLLM's runner V2 takes logits processors beside a drafter.
-SPECULATIVE = [
-    Case("speculative, plain", "base alone, n-gram drafts", "plain, drafts", against="speculative, plain"),
-    Case("speculative, none", "none steered, n-gram drafts", "ours, drafts", against="speculative, plain"),
-    Case("speculative, all", "all steered, n-gram drafts", "ours, drafts", 1.0, 1.0, against="speculative, plain"),
-]
-DRAFTER = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
 def steers_in_v2() -> bool:
@@ -228,16 +175,21 @@ def measure(
     setup: Setup,
     cases: list[Case],
     rounds: int,
+    starts: int,
     seed: int,
     say: Callable[[str], None],
     save: Callable[[dict[str, Any]], None],
 ) -> None:
     """Runs every case once a round, and compares each with plain vLLM and with its bound.
 
+    Processes of one engine differ in speed by a few percent for as long as they live, whatever they run. With several
+    starts a ratio is the median over starts of the median over a start's rounds, and its interval is that of starts.
+
     Args:
         setup: Models and engines.
         cases: The first one is plain vLLM.
-        rounds: After one that warms up.
+        rounds: Of each start, after one that warms up.
+        starts: How often all engines are started anew.
         seed: Of the requests.
         say: Told about the progress.
         save: Given the report, after every round.
@@ -248,37 +200,50 @@ def measure(
     rates = setup.rates()
     requests = sample(scale, scale.prompts, seed)
     wanted = list(dict.fromkeys(case.engine for case in cases))
-    say(f"starting {len(wanted)} engines")
     runs: dict[str, list[Run]] = {case.name: [] for case in cases}
-    with workers({name: setup.engine(name) for name in wanted}) as engines:
-        memory = {name: engines[name].answer() for name in wanted}
-        runners = {name: engines[name].call("model_runner") for name in wanted}
-        if len(set(runners.values())) > 1:
-            say(f"the engines' model runners differ, and so may their speed: {runners}")
-        with workers({"reference": setup.reference()}) as started:
-            started["reference"].answer()
-            checked = check(setup, engines, cases, started["reference"])
-        say("checked")
-        for number in range(rounds + 1):
-            # The first round warms up, on a few requests.
-            some = requests if number else requests[: max(2, len(requests) // 8)]
-            for case in in_turns(cases, number):
-                run = engines[case.engine].call("run", case.requests(some))
+    checked: dict[str, Any] = {}
+    for start in range(starts):
+        say(f"starting {len(wanted)} engines" + (f", {start + 1} of {starts} times" if starts > 1 else ""))
+        with workers({name: setup.engine(name) for name in in_turns(wanted, start)}) as engines:
+            memory = {name: engines[name].answer() for name in wanted}
+            runners = {name: engines[name].call("model_runner") for name in wanted}
+            if len(set(runners.values())) > 1:
+                say(f"the engines' model runners differ, and so may their speed: {runners}")
+            if not start:
+                with workers({"reference": setup.reference()}) as started:
+                    started["reference"].answer()
+                    checked = check(setup, engines, cases, started["reference"])
+                say("checked")
+            for number in range(rounds + 1):
+                # The first round warms up, on a few requests.
+                some = requests if number else requests[: max(2, len(requests) // 8)]
+                for case in in_turns(cases, start + number):
+                    run = engines[case.engine].call("run", case.requests(some))
+                    if number:
+                        runs[case.name].append(run)
+                        rate = sum(map(len, run.tokens)) / run.seconds
+                        say(f"round {len(runs[case.name])}: {case.label}: {rate:,.1f} output tokens/s")
                 if number:
-                    runs[case.name].append(run)
-                    say(f"round {number}: {case.label}: {sum(map(len, run.tokens)) / run.seconds:,.1f} output tokens/s")
-            if number:
-                for name in wanted:
-                    memory[name] |= engines[name].call("memory")
-                found = [_case_report(setup, case, requests, runs, rates, memory[case.engine]) for case in cases]
-                report = {"rates": rates, "check": checked, "rounds": number, "model_runners": runners}
-                save(report | {"cases": found})
+                    for name in wanted:
+                        memory[name] |= engines[name].call("memory")
+                    of_start = rounds if starts > 1 else 1
+                    found = [
+                        _case_report(setup, case, requests, runs, of_start, rates, memory[case.engine])
+                        for case in cases
+                    ]
+                    report = {"rates": rates, "check": checked, "model_runners": runners, "starts": start + 1}
+                    save(report | {"rounds": start * rounds + number, "cases": found})
 
 
 def in_turns(cases: list, number: int) -> list:
     """The cases in another order each round: each comes first once before any does again."""
     shift = number % len(cases)
     return cases[shift:] + cases[:shift]
+
+
+def medians(values: list[float], count: int) -> list[float]:
+    """The median of each `count` values that follow each other."""
+    return [statistics.median(values[first : first + count]) for first in range(0, len(values), count)]
 
 
 def median_interval(values: list[float]) -> list[float]:
@@ -293,7 +258,13 @@ def median_interval(values: list[float]) -> list[float]:
 
 
 def _case_report(
-    setup: Setup, case: Case, requests: list[Request], runs: dict[str, list[Run]], rates: dict, memory: dict
+    setup: Setup,
+    case: Case,
+    requests: list[Request],
+    runs: dict[str, list[Run]],
+    together: int,
+    rates: dict,
+    memory: dict,
 ) -> dict[str, Any]:
     scale, mine, plain = setup.scale, runs[case.name], runs[case.against]
     report = {"name": case.name, "label": case.label, "share": case.share, "against": case.against, "memory": memory}
@@ -312,6 +283,7 @@ def _case_report(
         alone = bound(steps, scale.base, [], False, scale.itemsize, rates)
         seconds = [phase_seconds(run)[phase] for run in mine]
         ratios = [phase_seconds(other)[phase] / own for other, own in zip(plain, seconds, strict=True)]
+        ratios = medians(ratios, together)
         slower = limit["seconds"] / alone["seconds"]
         report["phases"][phase] = {
             "median_seconds": statistics.median(seconds),

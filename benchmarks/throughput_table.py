@@ -71,11 +71,12 @@ def serving_tables(section: dict) -> str:
         fit = f"{case['memory']['kv_cache_tokens']:,}"
         latencies.append((case["label"], *(_percentiles(case, n) for n in ("ttft", "tpot", "itl")), _memory(case), fit))
     rates, (low, high) = section["rates"], section["cases"][0]["spread"]["output_throughput"]
+    one = "start (the median of its rounds)" if section.get("starts", 1) > 1 else "round"
     return "\n".join(
         [
             rows_of(SPEED, speed),
-            "Ratios are of one round each: the median, with an interval that holds the median with 95 % (below 6 "
-            "rounds: the range). A share above 1 is noise: base alone's own rounds differ by "
+            f"Ratios are of one {one} each: the median, with an interval that holds the median with 95 % (below 6 "
+            "of them: the range). A share above 1 is noise: base alone's own rounds differ by "
             f"{high / low - 1:.0%}. Bounds count value networks in the steps and for the tokens "
             "of steered requests alone; in lock-step a value network reads every token of a step with a steered one.\n",
             f"Limits: {rates['flops'] / 1e9:,.0f} GFLOP/s (large matrix product), {rates['bytes'] / 1e9:,.1f} GB/s "
@@ -157,7 +158,8 @@ def goals_table(entries: list[dict]) -> str:
         if not entry["beyond_noise"]:
             verdict += ", not beyond noise"
         measured = f"{entry['measured']:.{digits}f}{times} ({low:.{digits}f}–{high:.{digits}f})"
-        where = f"{entry['section']}, {entry['rounds']} rounds"
+        starts = f" in {entry['starts']} starts" if entry.get("starts", 1) > 1 else ""
+        where = f"{entry['section']}, {entry['rounds']} rounds{starts}"
         rows.append((entry["goal"], where, f"≥ {entry['wanted']:g}{times}", measured, verdict, entry["limited_by"]))
     return rows_of(GOALS, rows)
 
@@ -182,6 +184,7 @@ def markdown(report: dict) -> str:
             continue
         found, scale, check = section["environment"], section["scale"], section.get("check", {})
         mixed = ", request by request in mixed batches" if "10 %" in check.get("cases", {}) else ""
+        starts = f", in {section['starts']} starts of all engines" if section.get("starts", 1) > 1 else ""
         parts.append(f"## {title}\n")
         machine = found.get("gpu") or f"{found['cpu'].partition(',')[0]}, {found['threads']} threads"
         parts.append(
@@ -189,7 +192,7 @@ def markdown(report: dict) -> str:
             f"{found['date']}; `{found['command']}`. Base {scale['base_parameters'] / 1e6:,.0f} M parameters, value "
             f"network {scale['value_parameters'] / 1e6:,.0f} M, {scale['dtype']}; {scale['prompts']} requests at once, "
             f"prompts of {scale['input_len'][0]}–{scale['input_len'][1]} and outputs of {scale['output_len'][0]}–"
-            f"{scale['output_len'][1]} tokens; medians of {section.get('rounds', 1)} rounds in turns."
+            f"{scale['output_len'][1]} tokens; medians of {section.get('rounds', 1)} rounds in turns{starts}."
             + (f" Greedy tokens were compared with the formula's first{mixed}." if check.get("checked") else "")
             + (f" TOKENS WERE NOT CHECKED: {check['why']}." if "why" in check else "")
             + _model_runners(section.get("model_runners", {}))

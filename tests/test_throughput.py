@@ -156,8 +156,9 @@ def test_a_value_network_is_asked_for_what_steered_requests_need():
 
 
 SUBSET = """
+from throughput_cases import CASES, Case
 from throughput_peers import quantiles, seconds_of_all
-from throughput_serving import CASES, Case, in_turns, median_interval
+from throughput_serving import in_turns, median_interval, medians
 from throughput_worker import Request, Run
 
 requests = [Request([5] * (1 + n % 4), 1 + 5 * (n % 9)) for n in range(40)]
@@ -176,6 +177,7 @@ expected = sum(2 * len(r.prompt) + 3 * (r.output_len - 1) for r in requests)
 assert abs(seconds_of_all(some, Run(0.0, [], times), requests) - expected) < 1e-9
 assert median_interval([3.0, 1.0, 2.0]) == [1.0, 3.0]
 assert median_interval([float(n) for n in range(9)]) == [1.0, 7.0]
+assert medians([1.0, 2.0, 9.0, 5.0, 4.0], 3) == [2.0, 4.5] and medians([3.0, 1.0], 1) == [3.0, 1.0]
 assert [in_turns(["a", "b", "c"], n)[0] for n in range(4)] == ["a", "b", "c", "a"]
 mixed = {case.name: case.steered(40) for case in CASES}
 assert [len(mixed[name]) for name in ("none", "10 %", "50 %", "all")] == [0, 4, 20, 40]
@@ -190,8 +192,9 @@ def test_few_requests_stand_for_all_and_rounds_for_the_median():
 
 DRAFTS = """
 from dataclasses import replace
+from throughput_cases import SPECULATIVE
 from throughput_models import SCALES
-from throughput_serving import SPECULATIVE, Setup
+from throughput_serving import Setup
 from vllm.engine.arg_utils import EngineArgs
 
 setup = Setup(SCALES["tiny"], 1, "cpu", False, {})

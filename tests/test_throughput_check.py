@@ -4,9 +4,9 @@ from benchmark_tools import run_python
 
 CHECK = """
 from types import SimpleNamespace
+from throughput_cases import CASES
 from throughput_check import check
 from throughput_models import SCALES
-from throughput_serving import CASES
 
 FORMULA = {(): 1, (1.0,): 2, (1.0, 0.5): 3}
 
@@ -63,9 +63,9 @@ ROUNDED = """
 from dataclasses import replace
 from types import SimpleNamespace
 from peers import HFPeers
+from throughput_cases import CASES
 from throughput_check import check, check_peers
 from throughput_models import SCALES
-from throughput_serving import CASES
 
 
 class Worker:

@@ -144,6 +144,23 @@ def test_goals_are_judged_beside_their_limits(report, tmp_path):
     assert "| ≥ 0.98 | 0.970 (0.960–0.975) | MISSED |" in text and "| ≥ 10× | 6.00× (6.00–6.00) | MISSED |" in text
 
 
+def test_several_starts_are_told_and_judged_by_their_number(report, tmp_path):
+    report["sections"]["serving"] |= {"rounds": 9, "starts": 3}
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    found, text = json.loads(run_python(GOALS, file))
+    assert not any(entry["beyond_noise"] for entry in found) and "serving, 9 rounds in 3 starts |" in text
+    said = load_module("throughput_table").markdown(report)
+    assert "medians of 9 rounds in turns, in 3 starts of all engines." in said
+    assert "Ratios are of one start (the median of its rounds) each" in said
+    run = load_module("readme").run
+    assert "medians of 9 rounds in 3 starts, a CPU" in run(report["sections"]["serving"])
+    assert "medians of 3 rounds, a CPU" in run(report["sections"]["peers"])
+    report["sections"]["serving"] |= {"rounds": 12, "starts": 6}
+    file.write_text(json.dumps(report))
+    assert sum(entry["beyond_noise"] for entry in json.loads(run_python(GOALS, file))[0]) == 4
+
+
 def test_an_interrupted_curve_says_so(report):
     report["sections"]["curves"] |= {"points": 3, "points_wanted": 16}
     code = "import json\nfrom throughput_table import markdown\nprint(markdown(json.loads(sys.argv[1])))"
