@@ -162,12 +162,17 @@ def test_gemma_3n_folders_are_refused():
 
 
 def test_the_executor_that_passes_the_worker_by_is_refused(models, monkeypatch):
+    from vllm import envs
+
     from ivl_vllm.serving.checks import _check_features
 
     config = create(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"])))
     config.parallel_config.distributed_executor_backend = "ray"
     _check_features(config)
-    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    name = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
+    monkeypatch.delitem(envs.environment_variables, name, raising=False)  # as vLLM 0.33 has it
+    _check_features(config)
+    monkeypatch.setitem(envs.environment_variables, name, lambda: False)
     with pytest.raises(ValueError, match="VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0.*--distributed-executor-backend mp"):
         _check_features(config)
 

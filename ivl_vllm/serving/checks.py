@@ -156,7 +156,8 @@ def _check_features(config: VllmConfig) -> None:
             "ivl: enable_elastic_ep is on, but ranks that vLLM adds to a running engine load the base alone: start "
             "without --enable-elastic-ep"
         )
-    if parallel.distributed_executor_backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+    newer_ray = getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)  # vLLM 0.33 has no other any more
+    if parallel.distributed_executor_backend == "ray" and not newer_ray:
         raise ValueError(
             "ivl: distributed_executor_backend is 'ray' with VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, an executor that "
             "calls the model runner past vLLM's worker, where value networks are chosen: unset that variable, or use "
