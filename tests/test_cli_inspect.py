@@ -1,5 +1,6 @@
 """`ivl inspect` on folders that are broken: one line that names the file, or what could not be checked."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -44,6 +45,19 @@ def test_a_whole_folder_is_told_as_it_is(folder, capsys):
     assert rows["fingerprint"].endswith(", ok")
     words = shlex.split(rows["serve"])
     assert json.loads(words[words.index("--additional-config") + 1]) == {"ivl": {"value_model": str(folder)}}
+
+
+def test_the_serve_command_is_that_of_the_model_card(folder, capsys):
+    config = dataclasses.replace(IVLConfig.read(folder), takes=["chat-template", "generation-config"])
+    config.write(folder)
+    words = shlex.split(inspect(folder, capsys)["serve"])
+    assert words[-4:] == ["--chat-template", f"{folder}/chat_template.jinja", "--generation-config", str(folder)]
+    with pytest.raises(ValueError, match="takes is .*expected a list of chat-template and generation-config"):
+        dataclasses.replace(config, takes=["x"])
+    # Folders of earlier releases say nothing of it.
+    file = folder / "ivl_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "takes"}))
+    assert IVLConfig.read(folder).takes == []
 
 
 def test_every_word_of_the_serve_command_is_read_back_by_a_shell():

@@ -1,5 +1,7 @@
 """From JSON lines to batches: answers, masks, lengths, packing; bad lines are told with their number."""
 
+import json
+
 import pytest
 import torch
 from training_tools import (
@@ -78,18 +80,29 @@ def test_tools_calls_and_template_settings_reach_the_template_as_they_are_in_the
         make_model(root / name, make_tokenizer(words, TOOL_TEMPLATE))
     ask = {"role": "user", "content": "a"}
 
-    def call(name, **arguments):
+    def call(name, arguments):
         function = {"name": name, "arguments": arguments}
         return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
 
+    empty = {"role": "assistant", "content": "j", "tool_calls": []}
     rows = [
-        {"messages": [ask, {"role": "assistant", "content": "b"}]},
-        {"messages": [ask, call("f", x="c")], "tools": [{"name": "f"}], "chat_template_kwargs": {"lead": "quick "}},
+        {"messages": [ask, {"role": "assistant", "content": "b", "tool_calls": None}]},
+        {
+            "messages": [ask, call("f", {"x": "c"})],
+            "tools": [{"name": "f"}],
+            "chat_template_kwargs": {"lead": "quick "},
+        },
         {
             "prompt": [ask],
-            "completion": [call("g", y=1), {"role": "tool", "content": "d"}, {"role": "assistant", "content": "e"}],
-            "tools": [{"name": "g"}],
+            "completion": [
+                call("g", {"y": 1}),
+                {"role": "tool", "content": "d"},
+                {"role": "assistant", "content": "e"},
+            ],
+            "tools": json.dumps([{"name": "g"}]),
         },
+        # As OpenAI's API has them, and as vLLM hands them to the template: arguments as objects, null as empty text.
+        {"messages": [ask, call("f", '{"x": "h"}'), {"role": "tool", "content": "i"}, call("g", ""), ask, empty]},
     ]
     data = write_rows(tmp_path / "tools.jsonl", rows)
     texts = answer_texts(prepare(flags(root, tmp_path / "out", f"--data={data}")).trainer)
@@ -99,6 +112,9 @@ def test_tools_calls_and_template_settings_reach_the_template_as_they_are_in_the
         ("f user : a answer : f x c <eos>", "answer : f x c <eos>"),
         ("g user : a answer : g y 1 <eos>", "g y 1 <eos>"),
         ("g user : a answer : g y 1 <eos> tool : d answer : e <eos>", "e <eos>"),
+        ("user : a answer : f x h <eos>", "f x h <eos>"),
+        ("user : a answer : f x h <eos> tool : i answer : g <eos>", "g <eos>"),
+        ("user : a answer : f x h <eos> tool : i answer : g <eos> user : a answer : j <eos>", "j <eos>"),
     ]
 
 
@@ -115,6 +131,16 @@ def test_a_conversation_that_the_template_refuses_is_told_with_its_line(family, 
     )
 
 
+def test_a_conversation_that_the_template_stumbles_over_is_told_with_its_line(family, tmp_path, capsys):
+    template = "{% for m in messages %}{{ m['role'] + m['content'] + m['name'] }}{% endfor %}"
+    make_model(tmp_path / "base", make_tokenizer(template=template))
+    rows = [{"messages": [{**m, "name": "a"} for m in row["messages"]]} for row in next_letter_rows(3, 0)]
+    rows[1]["messages"][0]["name"] = 7
+    words = (f"--base={tmp_path / 'base'}", f"--data={write_rows(tmp_path / 'd.jsonl', rows)}")
+    assert cli.main(["train", *flags(family, tmp_path / "never", *words)]) == 2
+    assert "--data, line 2: the chat template does not take this conversation: " in capsys.readouterr().err
+
+
 def test_plain_completions_learn_to_stop(family, tmp_path):
     from ivl_vllm.training.command import prepare
 
@@ -122,6 +148,10 @@ def test_plain_completions_learn_to_stop(family, tmp_path):
     trainer = prepare(flags(family, tmp_path / "out", f"--data={data}")).trainer
     row = trainer.train_dataset[0]
     assert row["labels"][-1] == trainer.processing_class.eos_token_id
+
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], %s}\n'
+CALL = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": %s}]}\n'
 
 
 @pytest.mark.parametrize(
@@ -166,6 +196,19 @@ def test_plain_completions_learn_to_stop(family, tmp_path):
             "line 2: '\\ud83d' is half a",
         ),
         ('{"message": []}\n', "; got message; did you mean 'messages' by 'message'?"),
+        ('{"prompt": "a", "completion": "b", "tools": [{}]}\n', "line 1: `tools` is for a chat template"),
+        (CHAT % '"tools": "get_weather"', "line 1: `tools` is text, but no JSON: Expecting value"),
+        (CHAT % '"tools": {"a": 1}', "line 1: `tools` must be a list of tools, not an object"),
+        (
+            CHAT % '"chat_template_kwargs": {"add_generation_prompt": true}',
+            "line 1: `chat_template_kwargs` has 'add_generation_prompt', which is set for every line",
+        ),
+        (CALL % "3", "line 1: `tool_calls` must be a list of objects"),
+        (CALL % '[{"function": {"name": "f", "arguments": "{"}}]', "of the tool call 'f' are text, but no JSON"),
+        (
+            CALL % '[{"name": "f", "arguments": [1]}]',
+            "line 1: the arguments of the tool call 'f' must be an object, not",
+        ),
     ],
 )
 def test_bad_lines_are_told_with_their_number(tmp_path, content, message):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 from training_tools import (
@@ -187,6 +188,12 @@ def bad_inputs(family, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
+    pointer = shutil.copytree(family / "base", tmp_path / "pointer")
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    padded = make_model(tmp_path / "padded", make_tokenizer())
+    padding = make_tokenizer()
+    padding.add_special_tokens({"pad_token": "[PAD]"})
+    padding.save_pretrained(padded)
     narrow = make_model(tmp_path / "narrow", make_tokenizer(words=WORDS[:6]))
     make_tokenizer().save_pretrained(narrow)
     readme = tmp_path / "project"
@@ -202,6 +209,9 @@ def bad_inputs(family, tmp_path):
         f"--init={adapter}": "merge it first",
         f"--init={other}": "different vocabularies",
         f"--base={mute}": "no chat template",
+        f"--base={pointer}": f"--base {pointer}: cannot be loaded: ",
+        f"--base={padded}\n--init={padded}": "pads with '[PAD]', whose id 20 is beyond a network's 20 tokens: give one",
+        "--padding_free=true": "--padding_free true: not offered alone; --packing true",
         f"--init={narrow}": "beyond a network's vocabulary",
         f"--output={family / 'small'}": "would be overwritten",
         f"--output={family / 'other'}": "its config.json is not of `ivl train` and would be overwritten",
@@ -237,7 +247,7 @@ def test_bad_input_is_one_line_and_exit_status_2(family, tmp_path, capsys):
 
     for flag, message in bad_inputs(family, tmp_path).items():
         output = tmp_path / "never"
-        assert cli.main(["train", *flags(family, output, flag)]) == 2, flag
+        assert cli.main(["train", *flags(family, output, *flag.split("\n"))]) == 2, flag
         err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ivl train: error: ")]
         assert len(err) == 1, flag
         assert message in err[0], err
@@ -257,6 +267,7 @@ GOOD = {
     "base_noise": 0.25,
     "vocab_size": 100,
     "vocabulary_fingerprint": "0" * 64,
+    "takes": ["chat-template"],
     "versions": {"torch": "2"},
 }
 

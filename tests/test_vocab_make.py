@@ -6,6 +6,7 @@ from vocab_kinds import TEXT, from_pieces, from_words, ids_of, pieces_of
 
 from ivl_vllm.vocab import INPUTS, METHODS
 from ivl_vllm.vocab.make import make_vocab_map
+from ivl_vllm.vocab.report import describe_map
 from ivl_vllm.vocab.vocabulary import read_vocabulary
 
 KINDS = ("bytes", "bpe", "unigram", "wordpiece", "python")
@@ -141,6 +142,18 @@ def test_an_added_token_has_the_same_name_where_only_one_side_calls_it_special()
     named.add_tokens(["<e>"])
     made = make_vocab_map(named, added, "exact")
     assert made.columns[ids_of(named, "<e>")[0]] == -1 and made.columns[named.eos_token_id] == added.eos_token_id
+
+
+def test_an_end_of_answers_that_no_base_token_stands_for_is_warned_of():
+    chat, plain = special_pair()
+    other = from_words(["hello", ""], ["<end_of_turn>", "<eos>"], eos_token="<eos>")
+    other.chat_template = "{% for m in messages %}{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    told = describe_map(make_vocab_map(plain, other), plain, other)
+    assert "warning: no base token stands for '<end_of_turn>', which ends the value network's answers" in told
+    for base, value in ((chat, other), (chat, plain), (plain, chat)):
+        assert "no base token stands for" not in describe_map(make_vocab_map(base, value), base, value)
+    # A vocabulary may have a token without a letter.
+    assert "without partner" in describe_map(make_vocab_map(other, plain), other, plain)
 
 
 def test_one_token_of_many_roles_ends_the_text_for_the_end_alone():

@@ -22,8 +22,11 @@ from ivl_vllm.training.folders import check_writable, new_file_mode
 from ivl_vllm.training.frozen_bases import FrozenBases
 
 META_NAME = "base_cache.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_BYTES = 256 * 2**20
+# What a configuration says that changes no hidden state.
+_NOT_THE_MODELS = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class BaseCache:
@@ -173,11 +176,17 @@ def split_examples(inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> list[
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of a model's layout and of the head of each of its tensors: another model, or one trained on, differs."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A hash of a model's settings, its layout, and the head and the sum of each tensor's numbers, taken as integers.
+
+    Another model differs, and so does one of which a single number was trained on.
+    """
+    settings = {name: x for name, x in model.config.to_diff_dict().items() if name not in _NOT_THE_MODELS}
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
-        head = tensor.flatten()[:64].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode() + head)
+        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+        head = bits.flatten()[:64].cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode())
+        digest.update(head)
     return digest.hexdigest()
 
 

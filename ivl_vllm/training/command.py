@@ -99,14 +99,17 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     if (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
         raise ValueError("--packing_strategy wrapped lets examples see each other; leave it at bfd")
 
+    if args.load_best_model_at_end and not held_out:
+        raise ValueError("--load_best_model_at_end true: needs held-out data, --eval_data or --eval_fraction")
+
     options = _loading_options(args)
     tokenizer = models.load_tokenizer(base_name, "--base", args.trust_remote_code)
     if init_name != base_name:
         other = models.load_tokenizer(init_name, "--init", args.trust_remote_code)
         models.check_same_vocabulary(tokenizer, base_name, other, init_name, "--init")
-    takes = []
-    if args.chat_template_path:
-        tokenizer.chat_template = models.read_chat_template(args.chat_template_path, args.trust_remote_code)
+    takes, template_path = [], args.chat_template_path
+    if template_path:
+        tokenizer.chat_template = models.read_chat_template(template_path, args.trust_remote_code)
         takes.append("chat-template")
         # TRL would give the value network that tokenizer's vocabulary too.
         args.chat_template_path = None
@@ -128,7 +131,11 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     _limit_length(args, {f"--base {base_name}": base, **others, start: value})
     _check_attention({f"--base {base_name}": base, **others}, value, args.bf16 or args.fp16)
     vocab_size = value.config.get_text_config().vocab_size
+    columns = min(vocab_size, *(b.config.get_text_config().vocab_size for b in (base, *more_bases)))
+    models.check_padding(args.pad_token or tokenizer.pad_token, tokenizer, columns, f"--base {base_name}")
     record = _record(value_args, args.seed, (base_name, base), (init_name, value), (more_names, more_bases))
+    if not train[0]["plain"]:
+        record.add_text("chat_template_path", template_path, tokenizer.chat_template)
     if args.resume_from_checkpoint:
         record.check_resume(Path(args.resume_from_checkpoint))
         check_shapes(value, Path(args.resume_from_checkpoint), "--init_config" if value_args.init_config else flag)
@@ -190,7 +197,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
             max_length=args.max_length,
             drop_long=value_args.long_examples == "drop",
             keep_end=args.truncation_mode == "keep_end",
-            vocab_size=min(vocab_size, *(b.config.get_text_config().vocab_size for b in (base, *more_bases))),
+            vocab_size=columns,
         ),
         on_save=lambda folder, place: _describe(trainer, card, record, folder, place),
     )
@@ -198,7 +205,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     warning, has_other_end = stop_at_other_end(trainer.train_dataset, tokenizer, ends, plain)
     if has_other_end:
         takes.append("generation-config")
-    card = replace(card, takes=tuple(takes))
+    card = replace(card, config=replace(config, takes=takes))
     if args.packing or args.eval_packing:
         for network in (trainer.base, *more_bases):
             check_packing(network, trainer.data_collator, "--base")
@@ -282,7 +289,8 @@ def _check_sharding(trainer: ValueTrainer) -> None:
 def _check_checkpoint(output: Path, name: str | None) -> str | None:
     """Find the checkpoint to go on from; refuse to mix a new run with an earlier one's checkpoints."""
     found = list_checkpoints(output)
-    if not name or name.lower() in ("no", "false", "none"):
+    name = str(name or "")  # YAML reads `true` and `no` as booleans
+    if name.lower() in ("", "no", "false", "none"):
         if found:
             raise ValueError(
                 f"--output {output}: it holds checkpoints of an earlier run; go on from there with --resume last, "

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Example = dict[str, Any]
 
 _FIELDS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
+# What `ivl train` says to every chat template itself.
+_OWN_SETTINGS = {"add_generation_prompt", "continue_final_message", "conversation", "return_dict", "tokenize", "tools"}
 _KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
 
 
@@ -88,8 +90,24 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
     tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise ValueError(f"{where}: `chat_template_kwargs` must be an object, not {_kind(options)}")
-    tools = json.dumps(tools) if tools and not isinstance(tools, str) else tools or None
+    if own := sorted(_OWN_SETTINGS & options.keys()):
+        raise ValueError(f"{where}: `chat_template_kwargs` has {own[0]!r}, which is set for every line: leave it out")
+    if examples[0]["plain"] and (tools or options):
+        name = "tools" if tools else "chat_template_kwargs"
+        raise ValueError(f"{where}: `{name}` is for a chat template, which plain text has none of: write `messages`")
+    if isinstance(tools, str) and tools:
+        tools = _parse_json(tools, f"{where}: `tools` is text, but no JSON")
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"{where}: `tools` must be a list of tools, not {_kind(tools)}")
+    tools = json.dumps(tools) if tools else None
     return [{**example, "tools": tools, "chat_template_kwargs": options} for example in examples]
+
+
+def _parse_json(text: str, otherwise: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{otherwise}: {error}") from error
 
 
 def _meant(row: dict) -> str:
@@ -106,7 +124,7 @@ def _kind(value: Any) -> str:
 
 def _assistant_turns(messages: Any, where: str, start: int = 0) -> list[tuple[list, list]]:
     """One pair of prompt and completion for each assistant turn from message `start` on."""
-    _check_messages(messages, "messages", where)
+    messages = _check_messages(messages, "messages", where)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= start]
     if not turns:
         raise ValueError(f"{where}: no assistant message, so no answer tokens to train on")
@@ -125,8 +143,8 @@ def _check_pair(prompt: Any, completion: Any, where: str) -> list[tuple[Any, Any
             raise ValueError(f"{where}: the completion is empty, so there are no answer tokens to train on")
         return [(prompt, completion)]
     if isinstance(prompt, list) and isinstance(completion, list):
-        _check_messages(prompt, "prompt", where)
-        _check_messages(completion, "completion", where)
+        prompt = _check_messages(prompt, "prompt", where)
+        completion = _check_messages(completion, "completion", where)
         if completion[0]["role"] != "assistant":
             raise ValueError(f"{where}: the completion starts with role {completion[0]['role']!r}, not 'assistant'")
         # What tools and users say in between is no answer.
@@ -137,7 +155,8 @@ def _check_pair(prompt: Any, completion: Any, where: str) -> list[tuple[Any, Any
     )
 
 
-def _check_messages(messages: Any, name: str, where: str) -> None:
+def _check_messages(messages: Any, name: str, where: str) -> list[dict]:
+    """The messages as vLLM gives them to a chat template."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: `{name}` must be a list of at least one message")
     for message in messages:
@@ -145,6 +164,29 @@ def _check_messages(messages: Any, name: str, where: str) -> None:
             raise ValueError(f"{where}: each message of `{name}` needs a `role`")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise ValueError(f"{where}: the {message['role']} message of `{name}` needs `content` as text")
+    return [_as_served(message, where) if message["role"] == "assistant" else message for message in messages]
+
+
+def _as_served(message: dict, where: str) -> dict:
+    """An assistant's message with text for null, no empty `tool_calls`, and arguments as objects, not as JSON."""
+    message = {**message, "content": "" if message.get("content") is None else message["content"]}
+    calls = message.pop("tool_calls", None)
+    if not calls:
+        return message
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"{where}: `tool_calls` must be a list of objects")
+    return {**message, "tool_calls": [_with_arguments(call, where) for call in calls]}
+
+
+def _with_arguments(call: dict, where: str) -> dict:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"], where)}
+    arguments, what = call.get("arguments"), f"{where}: the arguments of the tool call {call.get('name')!r}"
+    if isinstance(arguments, str) and arguments:
+        arguments = _parse_json(arguments, f"{what} are text, but no JSON")
+    if arguments and not isinstance(arguments, dict):
+        raise ValueError(f"{what} must be an object, not {_kind(arguments)}")
+    return {**call, "arguments": arguments or {}}
 
 
 def _check_answer(message: dict, where: str) -> None:

@@ -56,7 +56,7 @@ def describe(folder: str | Path) -> str:
     rows.update(last_values(read_log(path)))
     if (path / PNG_NAME).is_file():
         rows["curves"] = str((path / PNG_NAME).resolve())
-    rows["serve"] = serve_command("BASE", path.resolve())
+    rows["serve"] = serve_command("BASE", path.resolve(), () if config is None else config.takes)
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

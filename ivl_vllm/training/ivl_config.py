@@ -15,6 +15,7 @@ SCHEMES = ("residual", "cascade", "cascade+text")
 NORMS = ("l1", "l2", "none")
 NORM_POSITIONS = ("answer", "all")
 BASE_MIXES = ("draw", "average")
+TAKES = ("chat-template", "generation-config")
 _OTHER_VERSION = f"this ivl-vllm reads version {FORMAT_VERSION}: install the one that wrote it"
 
 
@@ -34,6 +35,7 @@ class IVLConfig:
         base_noise: Standard deviation of the noise on the bases' logits in training.
         vocab_size: Columns of the value network's logits.
         vocabulary_fingerprint: `ivl_vllm.vocab.fingerprint.vocabulary_fingerprint` of its tokenizer.
+        takes: What a server takes from the folder, see `model_card.serve_command`.
         versions: Package name → version at training time.
         format_version: Version of this file's layout.
 
@@ -52,6 +54,7 @@ class IVLConfig:
     base_mix: str = "draw"
     base_temperature: float = 1.0
     base_noise: float = 0.0
+    takes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -81,6 +84,8 @@ class IVLConfig:
         fingerprint = self.vocabulary_fingerprint
         if not isinstance(fingerprint, str) or len(fingerprint) != 64 or set(fingerprint) - set("0123456789abcdef"):
             self._refuse("vocabulary_fingerprint", "expected 64 hexadecimal digits")
+        if not isinstance(self.takes, list) or not set(self.takes) <= set(TAKES):
+            self._refuse("takes", f"expected a list of {' and '.join(TAKES)}")
         if not isinstance(self.versions, dict):
             self._refuse("versions", "expected an object of package names and versions")
 
@@ -130,7 +135,7 @@ class IVLConfig:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(content.keys() - known):
             raise ValueError(f"{path} has an unknown field: {', '.join(unknown)}")
-        if missing := sorted(known - {"versions"} - content.keys()):
+        if missing := sorted(known - {"versions", "takes"} - content.keys()):
             raise ValueError(f"{path} lacks the field {', '.join(missing)}")
         try:
             return cls(**content)

@@ -37,7 +37,6 @@ class Card:
         examples: Answers that were trained.
         parameters: Trained parameters.
         settings: Trainer setting → value, the ones worth a line.
-        takes: What a server takes from the folder, see `serve_command`.
     """
 
     config: IVLConfig
@@ -48,7 +47,6 @@ class Card:
     parameters: int
     settings: dict[str, object]
     lora_rank: int = 0
-    takes: tuple[str, ...] = ()
 
     def render(self, folder: Path, place: Path | None = None) -> str:
         """Markdown with the metadata block that the Hugging Face Hub reads.
@@ -101,7 +99,7 @@ class Card:
             "With `ivl-vllm` installed; `BASE` is the base above or a larger one of its family:",
             "",
             "```bash",
-            serve_command("BASE", place, self.takes),
+            serve_command("BASE", place, config.takes),
             "```",
             "",
             'Requests then ask for it: `{"vllm_xargs": {"ivl": 1.0}}` over HTTP, or offline',

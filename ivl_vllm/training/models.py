@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -77,7 +78,8 @@ def _first_line(error: Exception) -> str:
 def _load(loader: Any, name: str, flag: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(name, **kwargs)
-    except (OSError, ImportError) as error:  # the latter for an attention that is not installed
+    # The second for an attention that is not installed, the third for a file that is cut short, or a pointer to one.
+    except (OSError, ImportError, SafetensorError) as error:
         raise ValueError(f"{flag} {name}: cannot be loaded: {_first_line(error)}") from error
     except ValueError as error:
         if not str(error).startswith("Unrecognized configuration class"):
@@ -146,6 +148,26 @@ def check_same_vocabulary(
         f"{len(other_vocab)} tokens; {token!r} is {base_vocab.get(token, 'absent')} and "
         f"{other_vocab.get(token, 'absent')}): choose {flag} from the base's family"
     )
+
+
+def check_padding(token: str | None, tokenizer: PreTrainedTokenizerBase, columns: int, where: str) -> None:
+    """Refuse a padding token that a network has no embedding for.
+
+    Args:
+        token: What pads; None for the end of the text.
+        tokenizer: Its tokenizer.
+        columns: Tokens that all networks have.
+        where: Whose tokenizer it is, for the message.
+
+    Raises:
+        ValueError: Its id is beyond them.
+    """
+    index = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    if index is not None and index >= columns:
+        raise ValueError(
+            f"{where}: its tokenizer pads with {token!r}, whose id {index} is beyond a network's {columns} tokens: "
+            f"give one that is not, --pad_token '{tokenizer.eos_token}'"
+        )
 
 
 def load_base(name: str, options: dict[str, Any]) -> PreTrainedModel:

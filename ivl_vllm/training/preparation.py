@@ -94,14 +94,20 @@ def _has_answer(labels: list[int]) -> bool:
     return any(label != IGNORED for label in labels[1:])
 
 
+# What a chat template may raise: its own refusal, or Python's word on a message of another kind than it expects.
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
+
 def _refused_line(dataset: Dataset, tokenizer: Any) -> str:
-    """Say in which line of the data the chat template fails first."""
+    """Say in which line of the data the chat template fails first; nothing where it fails in none."""
+    if "chat_template_kwargs" not in dataset.column_names:
+        return ""
     for row in dataset:
         options = {"tools": json.loads(row["tools"]) if row["tools"] else None, **row["chat_template_kwargs"]}
         try:
             tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True, **options)
             tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False, **options)
-        except TemplateError:
+        except _REFUSALS:
             return f", line {row['line']}"
     return ""
 
@@ -125,8 +131,10 @@ class Preparation(SFTTrainer):
         flag = _FLAGS.get(rest[-1], str(rest[-1]))
         try:
             dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
-        except TemplateError as error:
+        except _REFUSALS as error:
             line = _refused_line(dataset, processing_class)
+            if not line and not isinstance(error, TemplateError):
+                raise
             raise ValueError(f"{flag}{line}: the chat template does not take this conversation: {error}") from error
         dataset, message = self._limits.apply(dataset, flag)
         if message and args.process_index == 0:

@@ -19,7 +19,7 @@ from ivl_vllm.training.files import read_header
 from ivl_vllm.training.ivl_config import IVLConfig
 
 RECORD_NAME = "ivl_run.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _COMPARED = (
     "scheme",
     "norm",
@@ -65,6 +65,10 @@ class RunRecord:
             path = Path(os.path.expanduser(args.init_config))
             contents["init_config"] = _hash_file(path / "config.json" if path.is_dir() else path)
         return cls(settings, contents)
+
+    def add_text(self, flag: str, path: str | None, text: str) -> None:
+        """Hold a text that `--flag` named, or that was there without it."""
+        self.settings[flag], self.contents[flag] = path, hashlib.sha256(text.encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write `ivl_run.json` into `folder`, which exists."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from ivl_vllm.training.divergence import StopsDiverged
 from ivl_vllm.training.folders import PREFIX, UNFINISHED, list_checkpoints, publish_files, publish_folder
@@ -87,7 +88,8 @@ class SafeSaving(StopsDiverged):
         finally:
             self._staging = False
         self.accelerator.wait_for_everyone()
-        if self.state.best_model_checkpoint == str(stage):
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == stage:  # transformers' own text may begin with "./"
             self.state.best_model_checkpoint = str(target)
         if self.args.should_save:
             self.state.save_to_json(str(stage / "trainer_state.json"))
@@ -140,6 +142,19 @@ class SafeSaving(StopsDiverged):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if not self._read_back(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and the place in the schedule come from the checkpoint; rate and decay are those given now."""
+        scheduler = self.lr_scheduler
+        if checkpoint is None or self.is_deepspeed_enabled or not isinstance(scheduler, LambdaLR):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        given = [{name: x for name, x in g.items() if name != "params"} for g in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler.base_lrs = [settings["initial_lr"] for settings in given]
+        rates = [b * f(scheduler.last_epoch) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, settings, rate in zip(self.optimizer.param_groups, given, rates, strict=True):
+            group.update(settings, lr=rate)
+        scheduler._last_lr = rates  # what the next line of the log tells
 
     def _load_best_model(self) -> None:
         if not self._read_back(self.state.best_model_checkpoint, self.model):

@@ -40,8 +40,19 @@ class TrainerArguments(CommonArguments, SFTConfig):
         # It would log a plausible number in the place of NaN, and waits for the device at each step to do so.
         self.logging_nan_inf_filter = False
         self._refuse_what_is_replaced()
+        self._look_for_the_best()
         super().__post_init__()
         check_group(self.world_size, self.n_gpu)
+
+    def _look_for_the_best(self) -> None:
+        """Where the best checkpoint is wanted, held-out data are evaluated whenever one is written, by their loss."""
+        writes = getattr(self.save_strategy, "value", self.save_strategy)
+        if not self.load_best_model_at_end and writes != "best":
+            return
+        if getattr(self.eval_strategy, "value", self.eval_strategy) == "no":
+            self.eval_strategy = writes if writes in ("steps", "epoch") else "epoch"
+            self.eval_steps = self.eval_steps or (self.save_steps if writes == "steps" else None)
+        self.metric_for_best_model = self.metric_for_best_model or "loss"
 
     def _refuse_what_is_replaced(self) -> None:
         """Flags of `SFTConfig` that would change nothing here, or do what they should not."""
@@ -59,6 +70,8 @@ class TrainerArguments(CommonArguments, SFTConfig):
             # The defaults are other ones in other releases of TRL.
             if name in defaults and (given := getattr(self, name)) not in (*usual, defaults[name]):
                 raise ValueError(f"--{name} {given}: not offered, leave it out; {instead}")
+        if self.padding_free and not self.packing:
+            raise ValueError("--padding_free true: not offered alone; --packing true leaves padding out too")
         if "router_aux_loss_coef" in defaults:
             self.router_aux_loss_coef = None if defaults["router_aux_loss_coef"] is None else 0.0
 
@@ -132,6 +145,8 @@ class ValueTrainer(SafeSaving, Preparation):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
+        # Some models and code of one's own take no count of tokens; the loss here is not theirs, and divides by it.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         # TRL asks networks with experts for a loss of theirs, those too that have none of the experts.
         for name, setting in routing.items():
             setattr(config, name, setting)

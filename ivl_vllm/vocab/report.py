@@ -54,10 +54,23 @@ def describe_map(
         rows["without partner"] = ", ".join(shown) + (f", and {len(worst) - _WORST:,} more" if worst[_WORST:] else "")
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
-    lines += [f"warning: {text}" for text in _digit_warnings(base, value)]
+    lines += [f"warning: {text}" for text in _end_warnings(value, vocab_map) + _digit_warnings(base, value)]
     if vocab_map.base_fingerprint == vocab_map.value_fingerprint:
         lines.append("note: both tokenizers give the same ids to the same tokens, so no map is needed")
     return "\n".join(lines)
+
+
+def _end_warnings(value: Vocabulary, vocab_map: VocabMap) -> list[str]:
+    """One line if no base token stands for what ends the value network's answers."""
+    role = "turn_end" if "turn_end" in value.roles else "eos"
+    index = value.roles.get(role)
+    if index is None or (vocab_map.columns == index).any():
+        return []
+    advice = "; the base's tokenizer has no such end, for want of a chat template" if role == "turn_end" else ""
+    return [
+        f"no base token stands for {value.spellings[index]!r}, which ends the value network's answers{advice}. Steered "
+        "answers will not end where it says so"
+    ]
 
 
 def _digit_warnings(base: Vocabulary, value: Vocabulary) -> list[str]:
@@ -90,5 +103,5 @@ def _count(tokenizer: PreTrainedTokenizerBase, corpus: str | Path | Iterable[str
 def _show(vocabulary: Vocabulary, index: int) -> str:
     text = vocabulary.texts[index]
     if text is None:
-        return vocabulary.specials[index]
+        return vocabulary.specials.get(index, repr(vocabulary.spellings[index]))
     return repr(text.decode("utf-8", "backslashreplace"))
