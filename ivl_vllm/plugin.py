@@ -1,9 +1,10 @@
 """The hook through which vLLM finds `ivl`: entry point `ivl` of the group `vllm.general_plugins`.
 
-vLLM calls `register` in every process. It registers the model loader `ivl` and wraps three methods:
+vLLM calls `register` in every process. It registers the model loader `ivl` and wraps four methods:
 `EngineArgs.create_engine_config`, so that engine arguments that name the processor `ivl` become a configuration that
 vLLM understands; `SamplingParams.from_optional`, so that a streamed HTTP request is checked before its answer begins;
-`EngineCore.preprocess_add_request`, so that requests which use different value networks share no cached prefix.
+`EngineCore.preprocess_add_request`, so that requests which use different value networks share no cached prefix;
+`EngineCore.sleep`, so that no value network loses its weights.
 Engines that do not name `ivl` are left as they are.
 """
 
@@ -62,9 +63,10 @@ def register() -> None:
     create_engine_config.ivl = True
     EngineArgs.create_engine_config = create_engine_config
     _check_requests_early()
-    from ivl_vllm.serving.steps import mark_requests
+    from ivl_vllm.serving.steps import keep_weights, mark_requests
 
     mark_requests()
+    keep_weights()
 
 
 def _check_requests_early() -> None:

@@ -60,7 +60,9 @@ def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cach
             return None
 
     layer, other = Layer(), Layer()
-    use_own_config([layer, object(), other], own, "ivl_0")
+    other.vllm_config = own
+    use_own_config([layer, object(), other], own, engine, "ivl_0")
+    assert not hasattr(layer, "vllm_config")
     assert layer.get_attn_backend() is layer.attn_backend is other.get_attn_backend() is not Backend
     engine.cache_config.layout = "NHD"
     builder = layer.attn_backend.get_builder_cls()
@@ -71,6 +73,14 @@ def test_metadata_of_a_network_is_built_from_its_own_models_and_the_engines_cach
     made = builder(None, [], engine, "cpu").vllm_config
     engine.cache_config.num_gpu_blocks = 4  # FlexAttention asks for it later still
     assert made.cache_config.num_gpu_blocks == 4
+    # A layer that keeps a configuration (vLLM 0.33's gated delta nets) sees the final block size in it, too.
+    engine.cache_config.mamba_block_size = 576
+    kept = other.vllm_config
+    assert (kept.model_config, kept.cache_config.mamba_block_size, kept.cache_config.cache_dtype) == (
+        "value",
+        576,
+        "auto",
+    )
     assert own.cache_config.layout is None and engine.cache_config.cache_dtype == "fp8"
     # Tokens of an image, which see each other in some bases: a network takes them for text.
     common = SimpleNamespace(mm_req_doc_ranges={0: [(2, 7)]}, num_reqs=3)

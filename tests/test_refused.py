@@ -148,6 +148,17 @@ def test_states_of_another_kind_are_refused_where_they_are_copied(monkeypatch):
         check_states([mamba], [mamba], keeps, "VALUE")
 
 
+def test_diffusion_models_are_refused(models):
+    from vllm.config import ModelConfig
+
+    from ivl_vllm.serving.network_checks import check_decoder_only
+
+    assert hasattr(ModelConfig, "is_diffusion")  # vLLM's own word for it
+    check_decoder_only(create(models["base"]).model_config, "the base model BASE")
+    with pytest.raises(ValueError, match="the base model BASE is a diffusion model.*use an autoregressive one"):
+        check_decoder_only(SimpleNamespace(is_encoder_decoder=False, is_diffusion=True), "the base model BASE")
+
+
 def test_gemma_3n_folders_are_refused():
     from ivl_vllm.serving.network_checks import _check_model
 

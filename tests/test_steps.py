@@ -68,6 +68,27 @@ def test_all_networks_run_while_vllm_warms_up(models, monkeypatch):
     assert worker.seen == [None, None, frozenset()]
 
 
+def test_sleep_that_discards_weights_is_refused_before_anything_stops(models):
+    from vllm.v1.engine.core import EngineCore
+
+    slept = []
+
+    def core(config):
+        def pause(**_):
+            slept.append("paused")
+
+        executor = SimpleNamespace(sleep=slept.append)
+        return SimpleNamespace(vllm_config=config, pause_scheduler=pause, model_executor=executor)
+
+    steered = core(create(models["base"], **ivl_vllm.engine_args(value_model=str(models["value"]))))
+    with pytest.raises(ValueError, match="ivl: sleep level is 2, which discards all weights.*use level 1"):
+        EngineCore.sleep(steered, level=2)
+    assert slept == []
+    EngineCore.sleep(steered, 1)
+    EngineCore.sleep(core(create(models["base"])), 2)
+    assert slept == ["paused", 1, "paused", 2]
+
+
 def test_a_warm_up_that_fails_is_over(models):
     steps = Steps.of(config(models))
     with pytest.raises(MemoryError), steps.warming_up():

@@ -51,8 +51,15 @@ class _OwnDtype:
         return getattr(self._engines, name)
 
 
-def use_own_config(layers: Iterable[nn.Module], config: VllmConfig, prefix: str) -> None:
-    """Lets the attention metadata of a value network's layers be built from its own heads and dtype, not the base's."""
+def use_own_config(layers: Iterable[nn.Module], config: VllmConfig, engines: VllmConfig, prefix: str) -> None:
+    """Lets the attention metadata of a value network's layers be built from its own heads and dtype, not the base's.
+
+    Args:
+        layers: of the network.
+        config: its own.
+        engines: the engine's, whose cache configuration vLLM completes once all models are loaded.
+        prefix: of the layers' names.
+    """
     # One class for all layers that have one backend: vLLM's choice of a block size tries combinations of classes.
     backends: dict[type[AttentionBackend], type[AttentionBackend]] = {}
     for layer in layers:
@@ -62,6 +69,8 @@ def use_own_config(layers: Iterable[nn.Module], config: VllmConfig, prefix: str)
         if backend not in backends:
             backends[backend] = _own_backend(backend, config, prefix)
         own = backends[backend]
+        if hasattr(layer, "vllm_config"):  # vLLM 0.33: gated delta nets ask it for the final block size
+            layer.vllm_config = _own_config(config, engines)
         layer.get_attn_backend = lambda own=own: own
         # Tells backends that join causal attention and that of images that this layer needs the former only.
         layer.mm_prefix_clamp_sliding_window = True
@@ -71,15 +80,16 @@ def use_own_config(layers: Iterable[nn.Module], config: VllmConfig, prefix: str)
             _use_own_page(layer)
 
 
-def _own_backend(backend: type[AttentionBackend], config: VllmConfig, prefix: str) -> type[AttentionBackend]:
-    def own(vllm_config: VllmConfig) -> VllmConfig:
-        found = copy.copy(config)
-        found.cache_config = _OwnDtype(vllm_config.cache_config, config.cache_config.cache_dtype)
-        return found
+def _own_config(config: VllmConfig, engines: VllmConfig) -> VllmConfig:
+    found = copy.copy(config)
+    found.cache_config = _OwnDtype(engines.cache_config, config.cache_config.cache_dtype)
+    return found
 
+
+def _own_backend(backend: type[AttentionBackend], config: VllmConfig, prefix: str) -> type[AttentionBackend]:
     class Builder(backend.get_builder_cls()):
         def __init__(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs):
-            super().__init__(kv_cache_spec, layer_names, own(vllm_config), *args, **kwargs)
+            super().__init__(kv_cache_spec, layer_names, _own_config(config, vllm_config), *args, **kwargs)
 
         def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
             if common_attn_metadata.mm_req_doc_ranges is not None:
@@ -90,7 +100,7 @@ def _own_backend(backend: type[AttentionBackend], config: VllmConfig, prefix: st
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config, *args, **kwargs):
-            return super().get_cudagraph_support(own(vllm_config), *args, **kwargs)
+            return super().get_cudagraph_support(_own_config(config, vllm_config), *args, **kwargs)
 
     # vLLM groups layers by the name of their backend: one name for each network, the same for all its layers.
     members = {"get_builder_cls": staticmethod(lambda: Builder), "__module__": __name__}

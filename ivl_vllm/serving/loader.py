@@ -128,6 +128,8 @@ def _load_network(
     config.cache_config = copy.copy(vllm_config.cache_config)
     config.cache_config.sliding_window = window_of_all_layers(model_config)
     asked = vllm_config.additional_config[ENGINE_KEY]["kv_cache_dtype"]
+    if asked == str(vllm_config.model_config.dtype).removeprefix("torch."):
+        asked = "auto"  # which means each model's own dtype, and vLLM takes no other 16-bit one
     config.cache_config.cache_dtype = resolve_kv_cache_dtype_string(asked, model_config)
     config.lora_config = None
     use_attention_of_model(config)
@@ -164,7 +166,7 @@ def _load_network(
             logger.info("ivl: value network %s: %.1f MiB are shared with others", source.model, saved / 2**20)
     own = [layer for name, layer in layers.items() if name not in before]
     check_states([layers[name] for name in before], own, vllm_config, source.model)
-    use_own_config(own, config, prefix)
+    use_own_config(own, config, vllm_config, prefix)
     return Network(
         model,
         model_config,

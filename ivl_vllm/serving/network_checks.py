@@ -174,13 +174,17 @@ def fingerprint(sources: Iterable[NetworkSource]) -> str:
 
 
 def check_decoder_only(model: ModelConfig, what: str) -> None:
-    """Refuses a model that reads another sequence besides the tokens so far.
+    """Refuses a model that reads another sequence besides the tokens so far, or writes in another order.
 
     Raises:
         ValueError: says which, and the fix.
     """
     if model.is_encoder_decoder:
         raise ValueError(f"ivl: {what} is an encoder-decoder model: use a decoder-only language model")
+    if getattr(model, "is_diffusion", False):
+        raise ValueError(
+            f"ivl: {what} is a diffusion model, whose sampler asks no logits processor: use an autoregressive one"
+        )
 
 
 def is_multimodal(model: ModelConfig) -> bool:
