@@ -219,6 +219,7 @@ def bad_inputs(family, tmp_path):
         "--label_smoothing_factor=0.1": "--label_smoothing_factor 0.1: not offered, leave it out; the loss is",
         "--loss_type=dft": "--loss_type dft: not offered",
         "--push_to_hub=true": "hf upload NAME",
+        '--model_init_kwargs={"revision"': "--model_init_kwargs {\"revision\": no JSON (Expecting ':'",
         '--model_init_kwargs={"revision": "x"}': "--model_init_kwargs: revision is not offered",
         "--chat_template_path=absent.jinja": "--chat_template_path absent.jinja: no such file",
         f"--chat_template_path={mute}": "that tokenizer has no chat template",
