@@ -126,6 +126,8 @@ def main() -> None:
         "--output-json", type=Path, metavar="FILE", help="default: benchmarks/results/throughput-SCALE.json"
     )
     arguments = parser.parse_args()
+    if arguments.starts < 1:
+        parser.error(f"--starts is {arguments.starts}: give 1 or more")
     from throughput_cases import CASES, FEW, SPECULATIVE
     from throughput_goals import goals
     from throughput_models import SCALES

@@ -223,10 +223,10 @@ def measure(
                         runs[case.name].append(run)
                         rate = sum(map(len, run.tokens)) / run.seconds
                         say(f"round {len(runs[case.name])}: {case.label}: {rate:,.1f} output tokens/s")
-                if number:
+                if number == rounds or (number and not start):  # of later starts whole ones count alone
                     for name in wanted:
                         memory[name] |= engines[name].call("memory")
-                    of_start = rounds if starts > 1 else 1
+                    of_start = rounds if start else 1
                     found = [
                         _case_report(setup, case, requests, runs, of_start, rates, memory[case.engine])
                         for case in cases

@@ -9,6 +9,22 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from ivl_vllm.serving.cached_layers import keep_whole_context, use_own_config
+from ivl_vllm.serving.loader import own_cache_dtype
+
+
+@pytest.mark.parametrize(
+    ("asked", "base", "own", "told"),
+    [
+        ("auto", torch.bfloat16, torch.float16, "auto"),
+        ("fp8", torch.bfloat16, torch.float16, "fp8"),
+        ("bfloat16", torch.bfloat16, torch.float16, "float16"),
+        ("bfloat16", torch.bfloat16, torch.bfloat16, "bfloat16"),  # not `auto`, by which a folder's own fp8 would win
+        ("bfloat16", torch.bfloat16, torch.float32, "auto"),
+        ("bfloat16", torch.float32, torch.float32, "bfloat16"),
+    ],
+)
+def test_where_the_bases_dtype_is_asked_for_a_network_keeps_keys_in_its_own(asked, base, own, told):
+    assert own_cache_dtype(asked, base, own) == told
 
 
 @pytest.mark.parametrize("more", [{}, {"state_content_bytes": 96}, {"tokens_per_state": 2}, {"num_kv_heads": 1}])

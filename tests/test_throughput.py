@@ -190,6 +190,66 @@ def test_few_requests_stand_for_all_and_rounds_for_the_median():
     assert run_python(SUBSET).endswith("ok\n")
 
 
+STARTS = """
+from contextlib import contextmanager
+from types import SimpleNamespace
+import throughput_check
+import throughput_serving
+from throughput_cases import CASES
+from throughput_models import SCALES
+from throughput_worker import Run, Step
+
+started, reports = [], []
+
+
+class Fake:
+    # Plain vLLM takes a second a step; with the value network a tenth more in the first start, and a third later.
+    def __init__(self, name):
+        self.name, self.memory = name, {"kv_cache_tokens": 1, "peak_resident_bytes": 1}
+        self.slow = 1.0 if name == "plain" else (1.1, 1.3, 1.3)[sum("plain" in names for names in started) - 1]
+
+    def answer(self):
+        return dict(self.memory)
+
+    def call(self, method, *given):
+        if method != "run":
+            return {"memory": self.memory, "model_runner": "V1"}[method]
+        requests, steps, times = given[0], [], [[] for _ in given[0]]
+        for number in range(max(r.output_len for r in requests)):
+            rows = {n: 1 for n, r in enumerate(requests) if r.output_len > number}
+            steps.append(Step(self.slow, rows, number == 0))
+            for n in rows:
+                times[n].append((number + 1) * self.slow)
+        return Run(len(steps) * self.slow, [[5] * r.output_len for r in requests], times, steps)
+
+
+@contextmanager
+def workers(specifications):
+    started.append(list(specifications))
+    yield {name: Fake(name) for name in specifications}
+
+
+throughput_serving.workers = workers
+throughput_check.check = lambda *_: {"checked": True}
+nothing = SimpleNamespace(scale=SCALES["tiny"], rates=lambda: {"flops": 1e9, "bytes": 1e9}, reference=lambda: None,
+                          engine=lambda name: name)
+cases = [case for case in CASES if case.name in ("plain", "all")]
+throughput_serving.measure(nothing, cases, 2, 3, 0, lambda _: None, reports.append)
+assert [(r["starts"], r["rounds"]) for r in reports] == [(1, 1), (1, 2), (2, 4), (3, 6)], reports
+assert [len(names) for names in started if "plain" in names] == [2, 2, 2] and ["reference"] in started
+decode = [next(c for c in r["cases"] if c["name"] == "all")["phases"]["decode"] for r in reports]
+ratios = [round(phase["speed_over_plain"], 4) for phase in decode]
+assert ratios == [round(r, 4) for r in (1 / 1.1, 1 / 1.1, (1 / 1.1 + 1 / 1.3) / 2, 1 / 1.3)], ratios
+assert [round(r, 4) for r in decode[-1]["speed_over_plain_spread"]] == [round(1 / 1.3, 4), round(1 / 1.1, 4)]
+assert len(decode[-1]["seconds_of_rounds"]) == 6
+print("ok")
+"""
+
+
+def test_ratios_are_medians_over_starts():
+    assert run_python(STARTS).endswith("ok\n")
+
+
 DRAFTS = """
 from dataclasses import replace
 from throughput_cases import SPECULATIVE

@@ -203,6 +203,10 @@ CALL = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "t
             CHAT % '"chat_template_kwargs": {"add_generation_prompt": true}',
             "line 1: `chat_template_kwargs` has 'add_generation_prompt', which is set for every line",
         ),
+        (
+            CHAT.replace('"b"', "5") % '"tools": []',
+            "line 1: the assistant message of `messages` needs `content` as text",
+        ),
         (CALL % "3", "line 1: `tool_calls` must be a list of objects"),
         (CALL % '[{"function": {"name": "f", "arguments": "{"}}]', "of the tool call 'f' are text, but no JSON"),
         (

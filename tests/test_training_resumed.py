@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_tools import TEMPLATE, flags, logged, make_family, train, write_rows
+from training_tools import TEMPLATE, flags, logged, make_family, make_tokenizer, train, write_rows
 
 from ivl_vllm import cli
 from ivl_vllm.training.base_cache import fingerprint
+from ivl_vllm.training.run_record import RECORD_NAME
 
 TWO_STEPS = ("--save_strategy=steps", "--save_steps=2", "--logging_steps=1", "--save_total_limit=9", "--batch_size=4")
 
@@ -37,6 +38,23 @@ def test_rate_and_decay_are_those_given_now_and_moments_the_checkpoints(family, 
     assert {int(state["step"]) for state in resumed.optimizer.state.values()} == {4}
 
 
+def test_a_rate_that_follows_the_loss_goes_on_and_the_decay_is_the_one_given_now(family, tmp_path):
+    plateau = ("--lr_scheduler_type=reduce_lr_on_plateau", "--eval_fraction=0.2", "--eval_strategy=steps")
+    output, more = tmp_path / "value", (*TWO_STEPS, *plateau, "--eval_steps=2", "--warmup_steps=0")
+    train(family, output, *more, "--lr=3e-3", "--max_steps=2")
+    resumed = train(family, output, *more, "--lr=1e-4", "--weight_decay=0.25", "--max_steps=4", "--resume=last")
+    assert {group["weight_decay"] for group in resumed.optimizer.param_groups} == {0.0, 0.25}
+    assert {group["lr"] for group in resumed.optimizer.param_groups} == {3e-3}
+
+
+def test_moments_are_those_of_the_checkpoint(family, tmp_path):
+    """What an optimizer keeps beside rate and decay is not set back."""
+    output, more = tmp_path / "value", (*TWO_STEPS, "--lr_scheduler_type=constant")
+    train(family, output, *more, "--max_steps=2", "--adam_beta1=0.5")
+    resumed = train(family, output, *more, "--max_steps=4", "--resume=last")
+    assert {group["betas"] for group in resumed.optimizer.param_groups} == {(0.5, 0.999)}
+
+
 def test_the_best_checkpoint_of_a_relative_output_is_found(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     best = ("--eval_fraction=0.2", "--load_best_model_at_end=true")  # when to evaluate follows from them
@@ -54,9 +72,21 @@ def test_checkpoints_may_be_written_when_they_are_the_best(family, tmp_path):
     assert trainer.args.metric_for_best_model == "loss" and list((tmp_path / "value").glob("checkpoint-*"))
 
 
-def test_the_best_checkpoint_needs_held_out_data(family, tmp_path, capsys):
-    assert cli.main(["train", *flags(family, tmp_path / "never", *TWO_STEPS, "--load_best_model_at_end=true")]) == 2
-    assert "--load_best_model_at_end true: needs held-out data, --eval_data or --eval_fraction" in refusal(capsys)
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            "--load_best_model_at_end=true",
+            "--load_best_model_at_end true: needs held-out data, --eval_data",
+        ),
+        ("--save_strategy=best", "--save_strategy best: needs held-out data, --eval_data or --eval_fraction"),
+        ("--load_best_model_at_end=true --save_strategy=no", "true: --save_strategy no writes nothing to load"),
+    ],
+)
+def test_the_best_checkpoint_needs_held_out_data(family, tmp_path, capsys, more, told):
+    words = [word for word in TWO_STEPS if not word.startswith("--save_strategy")] if "strategy" in more else TWO_STEPS
+    assert cli.main(["train", *flags(family, tmp_path / "never", *words, *more.split())]) == 2
+    assert told in refusal(capsys)
 
 
 def test_another_chat_template_is_another_run(family, tmp_path, capsys):
@@ -71,6 +101,31 @@ def test_another_chat_template_is_another_run(family, tmp_path, capsys):
     template.write_text(TEMPLATE)
     assert cli.main(["train", *flags(family, output, *more, "--resume=last", f"--chat_template_path={template}")]) == 2
     assert "--chat_template_path" in refusal(capsys)
+
+
+def test_a_base_may_have_several_templates_and_change_them(family, tmp_path, capsys):
+    root = shutil.copytree(family, tmp_path / "family")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": TEMPLATE}
+    tokenizer.save_pretrained(root / "base")
+    more = (*TWO_STEPS, "--max_steps=2")
+    train(root, tmp_path / "value", *more)
+    train(root, tmp_path / "value", *more, "--max_steps=3", "--resume=last")
+    make_tokenizer(template=TEMPLATE.replace("question :", "? :")).save_pretrained(root / "base")
+    assert cli.main(["train", *flags(root, tmp_path / "value", *more, "--resume=last")]) == 2
+    assert "--chat_template_path is not given, and what it replaces has changed" in refusal(capsys)
+
+
+def test_checkpoints_of_the_last_release_are_compared_but_for_their_hashes_of_models(family, tmp_path, capsys):
+    output, more = tmp_path / "value", (*TWO_STEPS, "--max_steps=2")
+    train(family, output, *more)
+    file = output / "checkpoint-2" / RECORD_NAME
+    record = json.loads(file.read_text())
+    record["format_version"], record["contents"]["base"] = 1, "another kind of hash"
+    file.write_text(json.dumps(record))
+    assert cli.main(["train", *flags(family, output, *more, "--resume=last", "--seed=1")]) == 2
+    assert "--seed was 42 and now is 1" in refusal(capsys)
+    assert train(family, output, *TWO_STEPS, "--max_steps=4", "--resume=last").state.global_step == 4
 
 
 def test_a_yaml_file_may_say_that_a_run_is_resumed(family, tmp_path):

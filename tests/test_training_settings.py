@@ -199,7 +199,8 @@ def bad_inputs(family, tmp_path):
     readme = tmp_path / "project"
     readme.mkdir()
     (readme / "README.md").write_text("mine")
-    broken, listed = tmp_path / "broken.yaml", tmp_path / "listed.yaml"
+    broken, listed, nested = tmp_path / "broken.yaml", tmp_path / "listed.yaml", tmp_path / "nested.yaml"
+    nested.write_text("model_init_kwargs: '{\"a'")
     broken.write_text("base: [x")
     listed.write_text("- base")
     return {
@@ -239,6 +240,7 @@ def bad_inputs(family, tmp_path):
         f"--config={tmp_path / 'absent.yaml'}": f"--config {tmp_path / 'absent.yaml'}: No such file or directory; give "
         "the path of a YAML file",
         f"--config={broken}": f"--config {broken}: no YAML: ",
+        f"--config={nested}": f'--config {nested}: {{"a: no JSON (Unterminated string',
         f"--config={listed}": f"--config {listed}: its content is no mapping of names to values",
         "--config": "--config has no value; give the path of a YAML file",
     }

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, replace
@@ -96,6 +97,21 @@ class IVLModelLoader(BaseModelLoader):
         return replace(self.load_config, load_format=load_format)
 
 
+def own_cache_dtype(asked: str, base: torch.dtype, own: torch.dtype) -> str:
+    """What a network is told of the KV cache's dtype: where the user named the base's own, the network's own.
+
+    Attention takes keys and values of 16 bits in the dtype of its queries alone.
+
+    Args:
+        asked: `--kv-cache-dtype`.
+        base: dtype of the base's activations.
+        own: dtype of the network's.
+    """
+    if asked != str(base).removeprefix("torch."):
+        return asked
+    return str(own).removeprefix("torch.") if own in (torch.float16, torch.bfloat16) else "auto"
+
+
 def _load_network(
     vllm_config: VllmConfig, source: NetworkSource, others: Sequence[Network], load_format: str
 ) -> Network:
@@ -128,8 +144,7 @@ def _load_network(
     config.cache_config = copy.copy(vllm_config.cache_config)
     config.cache_config.sliding_window = window_of_all_layers(model_config)
     asked = vllm_config.additional_config[ENGINE_KEY]["kv_cache_dtype"]
-    if asked == str(vllm_config.model_config.dtype).removeprefix("torch."):
-        asked = "auto"  # which means each model's own dtype, and vLLM takes no other 16-bit one
+    asked = own_cache_dtype(asked, vllm_config.model_config.dtype, model_config.dtype)
     config.cache_config.cache_dtype = resolve_kv_cache_dtype_string(asked, model_config)
     config.lora_config = None
     use_attention_of_model(config)

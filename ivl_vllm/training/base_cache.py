@@ -8,6 +8,7 @@ batch size and the number of processes may change between runs. `base_cache.json
 import hashlib
 import json
 import os
+import re
 import uuid
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ META_NAME = "base_cache.json"
 FORMAT_VERSION = 2
 SHARD_BYTES = 256 * 2**20
 # What a configuration says that changes no hidden state.
-_NOT_THE_MODELS = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache")
+_NOT_THE_MODELS = re.compile("name_or_path|transformers_version|architectures|use_cache|_token_id|initializer|dropout")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -180,13 +181,14 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Another model differs, and so does one of which a single number was trained on.
     """
-    settings = {name: x for name, x in model.config.to_diff_dict().items() if name not in _NOT_THE_MODELS}
+    settings = {name: x for name, x in model.config.to_diff_dict().items() if not _NOT_THE_MODELS.search(name)}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
-        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-        head = bits.flatten()[:64].cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode())
-        digest.update(head)
+        bits = tensor.detach().contiguous().view(_INTEGERS.get(tensor.element_size(), torch.uint8)).flatten()
+        # In pieces: the sum's int64 would be four times a tensor in half precision.
+        total = sum(int(piece.sum(dtype=torch.int64)) for piece in bits.split(2**22))
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
+        digest.update(bits[:64].cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """`ivl train`: arguments in, a checked and ready trainer, the trained folder out."""
 
 import contextlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -99,8 +100,9 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     if (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
         raise ValueError("--packing_strategy wrapped lets examples see each other; leave it at bfd")
 
-    if args.load_best_model_at_end and not held_out:
-        raise ValueError("--load_best_model_at_end true: needs held-out data, --eval_data or --eval_fraction")
+    if not held_out and (args.load_best_model_at_end or args.save_strategy == "best"):
+        flag = "--load_best_model_at_end true" if args.load_best_model_at_end else "--save_strategy best"
+        raise ValueError(f"{flag}: needs held-out data, --eval_data or --eval_fraction")
 
     options = _loading_options(args)
     tokenizer = models.load_tokenizer(base_name, "--base", args.trust_remote_code)
@@ -135,7 +137,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     models.check_padding(args.pad_token or tokenizer.pad_token, tokenizer, columns, f"--base {base_name}")
     record = _record(value_args, args.seed, (base_name, base), (init_name, value), (more_names, more_bases))
     if not train[0]["plain"]:
-        record.add_text("chat_template_path", template_path, tokenizer.chat_template)
+        record.add_text("chat_template_path", template_path, json.dumps(tokenizer.chat_template, sort_keys=True))
     if args.resume_from_checkpoint:
         record.check_resume(Path(args.resume_from_checkpoint))
         check_shapes(value, Path(args.resume_from_checkpoint), "--init_config" if value_args.init_config else flag)

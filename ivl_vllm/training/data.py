@@ -19,7 +19,8 @@ Example = dict[str, Any]
 
 _FIELDS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 # What `ivl train` says to every chat template itself.
-_OWN_SETTINGS = {"add_generation_prompt", "continue_final_message", "conversation", "return_dict", "tokenize", "tools"}
+_OWN_SETTINGS = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "return_dict"}
+_OWN_SETTINGS |= {"tokenize", "tools"}
 _KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
 
 
@@ -156,13 +157,14 @@ def _check_pair(prompt: Any, completion: Any, where: str) -> list[tuple[Any, Any
 
 
 def _check_messages(messages: Any, name: str, where: str) -> list[dict]:
-    """The messages as vLLM gives them to a chat template."""
+    """The messages, with tool calls as vLLM gives them to a chat template."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: `{name}` must be a list of at least one message")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where}: each message of `{name}` needs a `role`")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ValueError(f"{where}: the {message['role']} message of `{name}` needs `content` as text")
     return [_as_served(message, where) if message["role"] == "assistant" else message for message in messages]
 
@@ -175,12 +177,18 @@ def _as_served(message: dict, where: str) -> dict:
         return message
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"{where}: `tool_calls` must be a list of objects")
-    return {**message, "tool_calls": [_with_arguments(call, where) for call in calls]}
+    calls = [
+        {**call, "function": _with_arguments(call["function"], where)}
+        if isinstance(call.get("function"), dict)
+        else _with_arguments(call, where)
+        if "arguments" in call
+        else call
+        for call in calls
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _with_arguments(call: dict, where: str) -> dict:
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_arguments(call["function"], where)}
     arguments, what = call.get("arguments"), f"{where}: the arguments of the tool call {call.get('name')!r}"
     if isinstance(arguments, str) and arguments:
         arguments = _parse_json(arguments, f"{what} are text, but no JSON")

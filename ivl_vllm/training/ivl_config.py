@@ -84,7 +84,7 @@ class IVLConfig:
         fingerprint = self.vocabulary_fingerprint
         if not isinstance(fingerprint, str) or len(fingerprint) != 64 or set(fingerprint) - set("0123456789abcdef"):
             self._refuse("vocabulary_fingerprint", "expected 64 hexadecimal digits")
-        if not isinstance(self.takes, list) or not set(self.takes) <= set(TAKES):
+        if not isinstance(self.takes, list) or not all(name in TAKES for name in self.takes):
             self._refuse("takes", f"expected a list of {' and '.join(TAKES)}")
         if not isinstance(self.versions, dict):
             self._refuse("versions", "expected an object of package names and versions")

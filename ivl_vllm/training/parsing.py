@@ -96,8 +96,9 @@ def parse(argv: Sequence[str]) -> tuple[ValueArguments, TrainerArguments]:
     try:
         value_args, args, surplus = parser.parse_args_and_config(words, return_remaining_strings=True)
     except json.JSONDecodeError as error:  # transformers reads flags that begin with a brace
-        before = " ".join(words).partition(error.doc)[0].rstrip(" =").rpartition(" ")[2]
-        raise ValueError(f"{before} {error.doc}: no JSON ({error.msg} at column {error.colno})") from error
+        before, found, _ = " ".join(words).partition(error.doc)
+        flag = before.rstrip(" =").rpartition(" ")[2] if found else f"--config {parser.config}:"
+        raise ValueError(f"{flag} {error.doc}: no JSON ({error.msg} at column {error.colno})") from error
     except OSError as error:
         raise ValueError(f"{error}; a flag names that file, give one that can be read") from error
     if surplus:

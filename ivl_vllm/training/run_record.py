@@ -33,6 +33,7 @@ _COMPARED = (
     "eval_fraction",
 )
 _IN_IVL_CONFIG = ("scheme", "norm", "norm_weight", "norm_positions", "base_temperature", "base_noise")
+_MODELS = ("base", "init", "more_bases")
 _SPELLED = {"norm_weight": "--norm_weight (--lambda)"}
 
 
@@ -85,9 +86,12 @@ class RunRecord:
         path = folder / RECORD_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format_version"] != FORMAT_VERSION:
+            settings, contents = dict(content["settings"]), dict(content["contents"])
+            if content["format_version"] == 1:  # its hashes of models saw less of them: their names are compared
+                contents = {name: text for name, text in contents.items() if name not in _MODELS}
+            elif content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version is {content['format_version']!r}, expected {FORMAT_VERSION}")
-            return cls(dict(content["settings"]), dict(content["contents"]))
+            return cls(settings, contents)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -135,7 +139,11 @@ class RunRecord:
             if name == "init" and old == new and not self.settings["lora_rank"]:
                 return None
             if old == new:
-                return f"{flag} {_show(new)} has other content now"
+                return (
+                    f"{flag} is not given, and what it replaces has changed"
+                    if new is None
+                    else (f"{flag} {_show(new)} has other content now")
+                )
         return None if old == new else f"{flag} was {_show(old)} and now is {_show(new)}"
 
 

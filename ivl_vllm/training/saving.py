@@ -144,17 +144,24 @@ class SafeSaving(StopsDiverged):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Moments and the place in the schedule come from the checkpoint; rate and decay are those given now."""
-        scheduler = self.lr_scheduler
-        if checkpoint is None or self.is_deepspeed_enabled or not isinstance(scheduler, LambdaLR):
+        """Moments and the place in the schedule come from the checkpoint; rate and decay are those given now.
+
+        A schedule that lowers the rate by what it sees goes on from the checkpoint's rate.
+        """
+        if checkpoint is None or self.is_deepspeed_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        given = [{name: x for name, x in g.items() if name != "params"} for g in self.optimizer.param_groups]
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        given = [{name: group[name] for name in ("initial_lr", "weight_decay") if name in group} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        scheduler.base_lrs = [settings["initial_lr"] for settings in given]
-        rates = [b * f(scheduler.last_epoch) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        for group, settings, rate in zip(self.optimizer.param_groups, given, rates, strict=True):
-            group.update(settings, lr=rate)
-        scheduler._last_lr = rates  # what the next line of the log tells
+        groups = self.optimizer.param_groups
+        for group, settings in zip(groups, given, strict=True):
+            group.update(settings)
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            rates = [b * f(scheduler.last_epoch) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates  # what the next line of the log tells
 
     def _load_best_model(self) -> None:
         if not self._read_back(self.state.best_model_checkpoint, self.model):
