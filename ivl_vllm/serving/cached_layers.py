@@ -70,7 +70,7 @@ def use_own_config(layers: Iterable[nn.Module], config: VllmConfig, engines: Vll
             backends[backend] = _own_backend(backend, config, prefix)
         own = backends[backend]
         if hasattr(layer, "vllm_config"):  # vLLM 0.33: gated delta nets ask it for the final block size
-            layer.vllm_config = _own_config(config, engines)
+            layer.vllm_config = _own_config(layer.vllm_config, engines)
         layer.get_attn_backend = lambda own=own: own
         # Tells backends that join causal attention and that of images that this layer needs the former only.
         layer.mm_prefix_clamp_sliding_window = True

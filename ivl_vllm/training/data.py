@@ -177,15 +177,13 @@ def _as_served(message: dict, where: str) -> dict:
         return message
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"{where}: `tool_calls` must be a list of objects")
-    calls = [
-        {**call, "function": _with_arguments(call["function"], where)}
-        if isinstance(call.get("function"), dict)
-        else _with_arguments(call, where)
-        if "arguments" in call
-        else call
-        for call in calls
-    ]
-    return {**message, "tool_calls": calls}
+    return {**message, "tool_calls": [_parse_call(call, where) for call in calls]}
+
+
+def _parse_call(call: dict, where: str) -> dict:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"], where)}
+    return _with_arguments(call, where) if "arguments" in call else call
 
 
 def _with_arguments(call: dict, where: str) -> dict:

@@ -138,12 +138,10 @@ class RunRecord:
             # All weights that it gave are in the checkpoint, except those under an adapter.
             if name == "init" and old == new and not self.settings["lora_rank"]:
                 return None
+            if old == new is None:
+                return f"{flag} is not given, and what it replaces has changed"
             if old == new:
-                return (
-                    f"{flag} is not given, and what it replaces has changed"
-                    if new is None
-                    else (f"{flag} {_show(new)} has other content now")
-                )
+                return f"{flag} {_show(new)} has other content now"
         return None if old == new else f"{flag} was {_show(old)} and now is {_show(new)}"
 
 
