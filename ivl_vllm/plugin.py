@@ -63,10 +63,10 @@ def register() -> None:
     create_engine_config.ivl = True
     EngineArgs.create_engine_config = create_engine_config
     _check_requests_early()
-    from ivl_vllm.serving.steps import keep_weights, mark_requests
+    _refuse_deep_sleep()
+    from ivl_vllm.serving.steps import mark_requests
 
     mark_requests()
-    keep_weights()
 
 
 def _check_requests_early() -> None:
@@ -88,6 +88,25 @@ def _check_requests_early() -> None:
         return params
 
     SamplingParams.from_optional = staticmethod(from_optional)
+
+
+def _refuse_deep_sleep() -> None:
+    """Has engines refuse sleep that discards weights before anything stops: vLLM reloads those of the base alone."""
+    from vllm.v1.engine.core import EngineCore
+
+    fall_asleep = EngineCore.sleep
+
+    @functools.wraps(fall_asleep)
+    def sleep(self: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        settings = self.vllm_config.additional_config  # of other plugins it may be an object of their own
+        if level > 1 and isinstance(settings, dict) and ENGINE_KEY in settings:
+            raise ValueError(
+                f"ivl: sleep level is {level}, which discards all weights, and vLLM reloads those of the base alone: "
+                "use level 1"
+            )
+        return fall_asleep(self, level, *args, **kwargs)
+
+    EngineCore.sleep = sleep
 
 
 def _is_ours(processor: Any) -> bool:

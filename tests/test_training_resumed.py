@@ -75,10 +75,7 @@ def test_checkpoints_may_be_written_when_they_are_the_best(family, tmp_path):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (
-            "--load_best_model_at_end=true",
-            "--load_best_model_at_end true: needs held-out data, --eval_data",
-        ),
+        ("--load_best_model_at_end=true", "--load_best_model_at_end true: needs held-out data, --eval_data"),
         ("--save_strategy=best", "--save_strategy best: needs held-out data, --eval_data or --eval_fraction"),
         ("--load_best_model_at_end=true --save_strategy=no", "true: --save_strategy no writes nothing to load"),
     ],
@@ -136,7 +133,7 @@ def test_a_yaml_file_may_say_that_a_run_is_resumed(family, tmp_path):
 
 
 def test_answers_count_for_models_that_take_no_count_of_them(family, tmp_path, monkeypatch):
-    """Uneven answers in two batches of four are those of one batch of eight, whatever the model's class says."""
+    """Uneven answers in four batches of two are those of one batch of eight, whatever the model's class says."""
     from transformers import LlamaForCausalLM
 
     rows = [{"prompt": "a b", "completion": " " + " ".join("cdefghijkl"[: 1 + 9 * (i // 4)])} for i in range(8)]

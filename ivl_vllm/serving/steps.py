@@ -73,24 +73,6 @@ def mark_requests() -> None:
     EngineCore.preprocess_add_request = preprocess_add_request
 
 
-def keep_weights() -> None:
-    """Has the engine core refuse sleep that discards weights: vLLM reloads those of the base alone."""
-    from vllm.v1.engine.core import EngineCore
-
-    fall_asleep = EngineCore.sleep
-
-    @functools.wraps(fall_asleep)
-    def sleep(self: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
-        if level > 1 and Steps.of(self.vllm_config) is not None:
-            raise ValueError(
-                f"ivl: sleep level is {level}, which discards all weights, and vLLM reloads those of the base alone: "
-                "use level 1"
-            )
-        return fall_asleep(self, level, *args, **kwargs)
-
-    EngineCore.sleep = sleep
-
-
 def _mark(steps: Steps, request: Any) -> None:
     params = request.sampling_params
     given = dict((params.extra_args if params is not None else None) or {})

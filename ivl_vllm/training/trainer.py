@@ -50,7 +50,9 @@ class TrainerArguments(CommonArguments, SFTConfig):
         if not self.load_best_model_at_end and writes != "best":
             return
         if writes == "no":
-            raise ValueError("--load_best_model_at_end true: --save_strategy no writes nothing to load; say epoch")
+            raise ValueError(
+                "--load_best_model_at_end true: --save_strategy no writes nothing to load; use epoch or steps there"
+            )
         if getattr(self.eval_strategy, "value", self.eval_strategy) == "no":
             self.eval_strategy = writes if writes in ("steps", "epoch") else "epoch"
             self.eval_steps = self.eval_steps or (self.save_steps if writes == "steps" else None)
