@@ -1,6 +1,7 @@
 """Two processes on the CPU (gloo), replicated (DDP) and sharded (FSDP), against one process."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,8 +109,6 @@ def test_two_sharded_processes_match_one_resume_and_save_in_half_precision(famil
 
 
 def test_sharding_that_would_not_happen_is_refused(family, tmp_path, capsys):
-    from types import SimpleNamespace
-
     from ivl_vllm.training.command import _check_sharding
 
     assert cli.main(["train", *flags(family, tmp_path / "never", "--fsdp=full_shard", "--use_cpu=true")]) == 2
@@ -121,6 +120,33 @@ def test_sharding_that_would_not_happen_is_refused(family, tmp_path, capsys):
     told = SimpleNamespace(fsdp=True, device="cpu", world_size=2)
     with pytest.raises(ValueError, match="--fsdp was given, but on the device cpu of 2 processes nothing would be"):
         _check_sharding(SimpleNamespace(args=told, is_fsdp_enabled=False))
+
+
+def test_deepspeed_that_is_missing_or_shards_weights_is_refused(family, tmp_path, capsys, monkeypatch):
+    from transformers.integrations import deepspeed
+
+    from ivl_vllm.training import processes
+
+    words = ["train", *flags(family, tmp_path / "never", "--use_cpu=true")]
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "find_spec", lambda name: None)
+        assert cli.main([*words, "--deepspeed=zero.json"]) == 2
+    err = capsys.readouterr().err
+    assert "ivl train: error: --deepspeed zero.json: its package is missing; pip install deepspeed" in err
+
+    class Told:  # as transformers keeps what DeepSpeed was told, by its flag or by accelerate
+        def is_zero3(self):
+            return True
+
+    told = Told()
+    deepspeed.set_hf_deepspeed_config(told)
+    try:
+        assert cli.main(words) == 2
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    err = capsys.readouterr().err
+    assert "DeepSpeed's zero_optimization.stage is 3: sharded weights are offered with --fsdp full_shard" in err
+    assert not (tmp_path / "never").exists()
 
 
 def test_several_processes_that_form_no_group_are_refused(family, tmp_path, capsys, monkeypatch):

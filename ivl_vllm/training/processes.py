@@ -4,6 +4,8 @@ Processes that do not would each train alone and write into one folder.
 """
 
 import os
+from importlib.util import find_spec
+from typing import Any
 
 _LAUNCH = "torchrun --nproc_per_node {} -m ivl_vllm.cli train ..."
 
@@ -47,6 +49,34 @@ def check_launch(fsdp: str | None) -> None:
         raise ValueError(
             f"--fsdp {fsdp}: there is one process (WORLD_SIZE is {os.environ.get('WORLD_SIZE') or 'not set'}) and so "
             f"nothing to shard over; start one for each GPU with {_LAUNCH.format('N')}, or leave --fsdp out"
+        )
+
+
+def check_deepspeed(given: Any) -> None:
+    """Refuse `--deepspeed` where its package is missing, which transformers tells in a traceback.
+
+    Args:
+        given: What was given to `--deepspeed`.
+
+    Raises:
+        ValueError: The package is missing.
+    """
+    if given and find_spec("deepspeed") is None:
+        raise ValueError(f"--deepspeed {given}: its package is missing; pip install deepspeed, or leave the flag out")
+
+
+def check_stage() -> None:
+    """Refuse weights that DeepSpeed shards: base and output layers are used outside the calls that gather them.
+
+    Raises:
+        ValueError: Its configuration, from `--deepspeed` or from accelerate, asks for stage 3.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed's zero_optimization.stage is 3: sharded weights are offered with --fsdp full_shard; use that, "
+            "or stage 1 or 2"
         )
 
 

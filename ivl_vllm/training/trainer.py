@@ -18,7 +18,7 @@ from ivl_vllm.training.frozen_bases import FrozenBases
 from ivl_vllm.training.joint_loss import JointLoss
 from ivl_vllm.training.objective import answer_mask, norm_mask
 from ivl_vllm.training.preparation import Limits, Preparation
-from ivl_vllm.training.processes import check_group, check_launch, needs_cpu
+from ivl_vllm.training.processes import check_deepspeed, check_group, check_launch, check_stage, needs_cpu
 from ivl_vllm.training.progress import LogsLastStep, use_progress_lines
 from ivl_vllm.training.saving import SafeSaving
 
@@ -32,6 +32,7 @@ class TrainerArguments(CommonArguments, SFTConfig):
             raise ValueError("--output is missing: the folder for the trained value network")
         check_numbers(self)
         check_launch(self.fsdp)
+        check_deepspeed(self.deepspeed)
         self.use_cpu = self.use_cpu or needs_cpu()
         has_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
@@ -42,6 +43,7 @@ class TrainerArguments(CommonArguments, SFTConfig):
         self._refuse_what_is_replaced()
         self._look_for_the_best()
         super().__post_init__()
+        check_stage()
         check_group(self.world_size, self.n_gpu)
 
     def _look_for_the_best(self) -> None:
