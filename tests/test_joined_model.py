@@ -44,7 +44,13 @@ def no_steps(*networks):
     """As `Steps` outside of steps."""
     rows = ValueRows()
     rows.networks = list(networks)
-    return SimpleNamespace(needed=None, sampled=False, rows=rows, text_positions=lambda positions: positions)
+    return SimpleNamespace(
+        needed=None,
+        sampled=False,
+        rows=rows,
+        text_positions=lambda positions: positions,
+        token_ids=lambda input_ids, positions: input_ids,
+    )
 
 
 def make_joined(default_weights=(0.0, 0.0)):

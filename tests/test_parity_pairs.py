@@ -1,15 +1,8 @@
-"""Pairs of models that differ, and the engine's other ways to run: dtype, padding, windows, compilation, two ranks."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Pairs of models that differ, and the engine's other ways to run: dtype, padding, windows, compilation."""
 
 import pytest
 import torch
-from cascade_models import mark_scheme
 from parity import Reference, Request, assert_parity, engine, random_requests, run, sampling_params
-from sibling_models import make_sibling
 from tiny import VOCAB, make_model
 
 import ivl_vllm
@@ -85,24 +78,6 @@ def test_dtypes_that_differ(tmp_path):
                 off_base = max(off_base, abs(logprob.logprob - unsteered[position, token].item()))
     assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.03
     assert off_base > 1.0
-
-
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two ranks want two GPUs")
-def test_two_ranks(models, tmp_path):
-    """Tensor parallelism over two processes, started from a process of its own."""
-    cascade = mark_scheme(make_model(tmp_path / "cascade", seed=12, heads=2, kv_heads=2), "cascade+text")
-    sibling = make_sibling(models["value"], tmp_path / "sibling", seed=15)
-    folders = [str(folder) for folder in (models["base"], models["value"], cascade, sibling)]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "two_ranks.py"), *folders],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0 and "parity on 2 ranks" in done.stdout, printed[-4000:]
-    assert "projected once" in printed  # of each matrix a rank has its own part
 
 
 def test_dummy_weights(tmp_path):

@@ -16,9 +16,21 @@ REFUSED = {
     "processor_without_settings": ({"additional_config": {}}, ["no value network", "value_model", "IVL_VALUE_MODEL"]),
     "unknown_field": ({"additional_config": {"ivl": {"valuemodel": "x"}}}, ["'valuemodel'", "'x'", "value_model"]),
     "missing_folder": ({"additional_config": {"ivl": {"value_model": "./missing"}}}, ["value_model", "./missing"]),
-    "pipeline_parallel": (
-        {"pipeline_parallel_size": 2, **RANKS},
-        ["pipeline_parallel_size is 2", "--pipeline-parallel-size 1"],
+    "stages_and_drafts": (
+        {
+            "pipeline_parallel_size": 2,
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
+            **RANKS,
+        },
+        ["pipeline_parallel_size is 2 with speculative decoding", "--pipeline-parallel-size 1, or leave"],
+    ),
+    "stages_and_connector": (
+        {
+            "pipeline_parallel_size": 2,
+            "kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
+            **RANKS,
+        },
+        ["pipeline_parallel_size is 2 with a KV connector", "--pipeline-parallel-size 1, or leave"],
     ),
     "pooling": ({"runner": "pooling"}, ["pooling", "--runner generate"]),
     "prompt_embeds": ({"enable_prompt_embeds": True}, ["enable_prompt_embeds"]),

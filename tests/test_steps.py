@@ -39,6 +39,17 @@ def test_value_networks_get_places_in_the_sequence(models):
         assert found.tolist() == [0, 1, 2, 3] and found.data_ptr() == kept.data_ptr()
 
 
+def test_value_networks_get_token_ids(models):
+    """Also on the last of several stages, which runner V2 hands none, at an address that stays."""
+    steps, positions = Steps.of(config(models)), torch.arange(3)
+    given, kept = torch.tensor([7, 8, 9]), torch.arange(8, dtype=torch.int32)
+    assert steps.token_ids(given, positions) is given
+    assert steps.token_ids(None, positions).dtype == torch.int32  # while memory is measured
+    steps.follow(SimpleNamespace(input_buffers=SimpleNamespace(input_ids=kept)))
+    found = steps.token_ids(None, positions)
+    assert found.tolist() == [0, 1, 2] and found.data_ptr() == kept.data_ptr()
+
+
 class Worker:
     """Stands for vLLM's: its warm-up takes two steps by `execute_model`, as that of runner V2 does."""
 

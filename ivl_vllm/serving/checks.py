@@ -126,11 +126,15 @@ def _check_features(config: VllmConfig) -> None:
         raise ValueError(
             "ivl: enable_prompt_embeds is on, but a value network reads token ids: start without --enable-prompt-embeds"
         )
-    if parallel.pipeline_parallel_size > 1:
-        raise ValueError(
-            f"ivl: pipeline_parallel_size is {parallel.pipeline_parallel_size}, but a value network is not split into "
-            "stages: use --pipeline-parallel-size 1 (--tensor-parallel-size works)"
-        )
+    for is_on, what in (
+        (drafter is not None, "speculative decoding"),
+        (config.kv_transfer_config is not None, "a KV connector"),
+    ):
+        if parallel.pipeline_parallel_size > 1 and is_on:
+            raise ValueError(
+                f"ivl: pipeline_parallel_size is {parallel.pipeline_parallel_size} with {what}, and value networks "
+                f"were never run with both: use --pipeline-parallel-size 1, or leave {what} out"
+            )
     if parallel.prefill_context_parallel_size > 1:
         raise ValueError(
             f"ivl: prefill_context_parallel_size is {parallel.prefill_context_parallel_size}, and value networks were "

@@ -109,6 +109,7 @@ class JoinedModel:
         parts = [base.clone() if first else room[0].copy_(base)]
         base = parts[0].to(base.dtype)
         positions = join.steps.text_positions(positions)
+        input_ids = join.steps.token_ids(input_ids, positions)
         for place, number in enumerate(active, 1):
             value = join.rows.networks[number].forward(input_ids, positions, base, base_logits)
             parts.append(value.clone() if first else room[place].copy_(value))

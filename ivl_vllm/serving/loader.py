@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, replace
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import get_model_loader
@@ -27,6 +28,7 @@ from ivl_vllm.serving.network import Network, StableInput
 from ivl_vllm.serving.network_checks import is_multimodal, network_config, network_scheme, reads_token_ids
 from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
 from ivl_vllm.serving.solved_weights import warm_up_solvers
+from ivl_vllm.serving.stages import built_on_one_stage
 from ivl_vllm.serving.steps import Steps, watch_steps
 from ivl_vllm.settings import NetworkSource
 from ivl_vllm.vocab.vocab_map import VocabMap
@@ -68,12 +70,15 @@ class IVLModelLoader(BaseModelLoader):
             settings.max_weight,
             settings.trace_file or "off",
         )
+        is_last_stage = get_pp_group().is_last_rank
         networks: list[Network] = []
-        for source in settings.networks:
+        for source in settings.networks if is_last_stage else ():
             networks.append(_load_network(vllm_config, source, networks, load_format))
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             for layer in vllm_config.compilation_config.static_forward_context.values():
                 keep_whole_context(layer)
+        if not is_last_stage:
+            return base
         drafter = vllm_config.speculative_config
         most_rows = vllm_config.scheduler_config.max_num_seqs * (1 + (drafter.num_speculative_tokens if drafter else 0))
         most_rows = min(most_rows, 512)  # kernels have the same shapes beyond
@@ -148,9 +153,11 @@ def _load_network(
     config.cache_config.cache_dtype = resolve_kv_cache_dtype_string(asked, model_config)
     config.lora_config = None
     use_attention_of_model(config)
+    config.parallel_config = copy.copy(vllm_config.parallel_config)
+    has_stages = config.parallel_config.pipeline_parallel_size > 1
+    config.parallel_config.pipeline_parallel_size = 1
     if vllm_config.parallel_config.enable_eplb:
         # Only the base's experts are known to vLLM's balancer.
-        config.parallel_config = copy.copy(vllm_config.parallel_config)
         config.parallel_config.enable_eplb = False
         config.parallel_config.eplb_config = copy.copy(config.parallel_config.eplb_config)
         config.parallel_config.eplb_config.num_redundant_experts = 0
@@ -163,7 +170,7 @@ def _load_network(
 
     layers = vllm_config.compilation_config.static_forward_context
     before = set(layers)
-    with set_model_tag(prefix), _kept_on_device():
+    with set_model_tag(prefix), _kept_on_device(), built_on_one_stage():
         loader = get_model_loader(config.load_config)
         try:
             model = loader.load_model(vllm_config=config, model_config=model_config, prefix=prefix)
@@ -190,6 +197,7 @@ def _load_network(
         scheme,
         vocab_map,
         is_multimodal(vllm_config.model_config),
+        has_stages,
     )
 
 

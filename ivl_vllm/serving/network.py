@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from ivl_vllm.serving.cascade import ExpectedEmbedding
 from ivl_vllm.serving.other_vocabulary import OtherVocabulary
+from ivl_vllm.serving.stages import one_stage
 from ivl_vllm.vocab.vocab_map import VocabMap
 
 # vLLM shows what is logged under its own name and nothing else.
@@ -59,6 +61,7 @@ class Network:
         scheme: how it is joined to the base.
         vocab_map: for a network of another vocabulary.
         multimodal: the base is given images or the like, of which a value network reads the ids that stand for them.
+        has_stages: the base is split into stages (pipeline parallelism), and this network is whole on the last one.
 
     Attributes:
         head: `[vocab, hidden]` projection matrix when one fused kernel can project and add; else None.
@@ -73,8 +76,10 @@ class Network:
         scheme: str = "residual",
         vocab_map: VocabMap | None = None,
         multimodal: bool = False,
+        has_stages: bool = False,
     ):
         self.model = model
+        self._run_whole = one_stage if has_stages else contextlib.nullcontext
         self._ids = StableInput(max_tokens)
         self._embeds = StableInput(max_tokens)
         self._expected = None if scheme == "residual" else ExpectedEmbedding(model, with_text=scheme == "cascade+text")
@@ -117,7 +122,8 @@ class Network:
             ids, embeds = None, self._embeds.hold(embeds)
         elif ids is not input_ids:
             ids = self._ids.hold(ids)
-        return self.model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=embeds)
+        with self._run_whole():
+            return self.model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=embeds)
 
     def add_logits(
         self, logits: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor, row_index: torch.Tensor | None

@@ -211,6 +211,7 @@ def _check_parallel(vllm_config: VllmConfig, value: ModelConfig, network: str) -
     parallel = copy.copy(vllm_config.parallel_config)
     # The base's experts are its own affair.
     parallel.enable_expert_parallel = parallel.enable_expert_parallel and value.is_moe
+    parallel.pipeline_parallel_size = 1  # it is whole on the last stage
     try:
         value.verify_with_parallel_config(parallel)
     except ValueError as error:

@@ -41,7 +41,7 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device_or_states: Any, is_pin_memory: bool = False):
         # Not at the top: the frontend imports this module only to validate requests.
-        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
         from ivl_vllm.serving.checks import engine_settings
         from ivl_vllm.serving.request_weights import RequestWeights
@@ -63,7 +63,8 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._drafts = vllm_config.speculative_config is not None
         self._by_position: dict[int, tuple[Steering, TracedRequest | None]] = {}
         self._trace = None
-        if self._settings.trace_file is not None and get_tensor_model_parallel_rank() == 0:
+        is_traced = self._settings.trace_file is not None
+        if is_traced and get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank:
             prompt_len = getattr(device_or_states, "prompt_len", None)
             self._trace = Trace(self._settings.trace_file, None if prompt_len is None else prompt_len.np)
 

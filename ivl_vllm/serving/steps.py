@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config.compilation import CompilationMode
 
 from ivl_vllm.plugin import ENGINE_KEY
@@ -23,7 +24,6 @@ from ivl_vllm.serving.value_rows import ValueRows
 from ivl_vllm.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -116,8 +116,8 @@ class Steps:
             with other networks.
         needed: numbers of the networks that the step in progress needs; None outside of steps (profiling, warm-up,
             capture of CUDA graphs), where all of them run.
-        positions: `[most tokens]`, where the model runner writes each token's place in its sequence; None before
-            warm-up.
+        inputs: where the model runner keeps `input_ids` and `positions`, `[most tokens]` each: each token's id, and its
+            place in its sequence; None before warm-up.
         sampled: whether the step in progress has computed its logits to sample from. What comes after them is prompt
             log-probabilities.
     """
@@ -135,7 +135,7 @@ class Steps:
         self._of_request: dict[str, frozenset[int]] = {}
         self._is_warming_up = False
         self.needed: frozenset[int] | None = None
-        self.positions: torch.Tensor | None = None
+        self.inputs: Any = None
         self.sampled = False
 
     @classmethod
@@ -163,8 +163,8 @@ class Steps:
         self.needed = frozenset().union(*used)
 
     def follow(self, runner: Any) -> None:
-        """Learns where the model runner keeps positions: V1 in an attribute of its own, V2 among its buffers."""
-        self.positions = getattr(runner, "input_buffers", runner).positions
+        """Learns where the model runner keeps its inputs: V1 in attributes of its own, V2 in buffers."""
+        self.inputs = getattr(runner, "input_buffers", runner)
 
     def text_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """`[tokens]` places in the sequence, whatever the base's own positions are.
@@ -175,7 +175,20 @@ class Steps:
         if positions.dim() == 1:
             return positions
         # While vLLM measures memory the runner is not known yet, and any numbers do.
-        return positions[0] if self.positions is None else self.positions[: positions.shape[1]]
+        return positions[0] if self.inputs is None else self.inputs.positions[: positions.shape[1]]
+
+    def token_ids(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        """`[tokens]` ids, which runner V2 does not hand to the last of several stages.
+
+        Args:
+            input_ids: as the base takes them.
+            positions: `[tokens]`.
+        """
+        if input_ids is not None:
+            return input_ids
+        if self.inputs is None:  # as above
+            return torch.zeros_like(positions, dtype=torch.int32)
+        return self.inputs.input_ids[: positions.shape[0]]
 
     @property
     def is_partial(self) -> bool:
