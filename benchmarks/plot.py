@@ -38,7 +38,7 @@ def draw(report: dict, output: Path) -> None:
         output: The PNG to write.
     """
     has_bandwidth = "copy_gb_per_s" in report
-    figure, panels = plt.subplots(1, 2, figsize=(12 if has_bandwidth else 14, 4.5), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
     for panel, operation in zip(panels, OPERATIONS, strict=True):
         cases = [case for case in report["cases"] if case["operation"] == operation]
         for label, line in lines_of(cases).items():
@@ -64,8 +64,7 @@ def draw(report: dict, output: Path) -> None:
             panel.yaxis.set_major_formatter("{x:g}")
         panel.set_title(operation)
         panel.grid(alpha=0.3)
-        outside = {} if has_bandwidth else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-        panel.legend(fontsize="small" if has_bandwidth else "x-small", **outside)
+        panel.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     environment = report["environment"]
     threads = environment["threads"]
     machine = environment.get("gpu", f"CPU ({environment['cpu']}, {threads} thread{'s' if threads > 1 else ''})")

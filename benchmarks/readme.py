@@ -32,7 +32,8 @@ def measured(environment: dict[str, Any]) -> str:
 
 def made_by(environment: dict[str, Any]) -> str:
     """The command that made figures, and when."""
-    return f"`{environment['command']}`{measured(environment)}."
+    gpu = f", {environment['gpu']}" if "gpu" in environment else ""
+    return f"`{environment['command']}`{gpu}{measured(environment)}."
 
 
 def verdict(met: bool | None) -> str:
@@ -90,13 +91,13 @@ def experts(report: dict[str, Any]) -> str:
     return table(["share of the gap [95 % interval]", *targets], rows)
 
 
-def throughput(report: dict[str, Any]) -> str:
+def throughput(*reports: dict[str, Any]) -> str:
     """Speed against plain vLLM and the limit, compiled and eager."""
-    sections = report["sections"]
     rows, runs = [], []
     for how, section in (
-        ("compiled", sections.get("compiled")),
-        ("eager", sections.get("short") or sections.get("serving")),
+        (f"{where}{how}", next((report["sections"][name] for name in names if name in report["sections"]), None))
+        for report, where in zip(reports, ("", "GPU, "), strict=False)
+        for how, names in (("compiled", ("compiled",)), ("eager", ("short", "serving")))
     ):
         if section is None:
             continue
@@ -107,30 +108,33 @@ def throughput(report: dict[str, Any]) -> str:
             keys = ("speed_over_plain", "bound_of_speed_over_plain", "share_of_bound")
             cells = (" / ".join(f"{phase[key]:.2f}" for phase in phases) for key in keys)
             rows.append([f"{how}, {case['label']}", *cells])
-        runs.append(f"{how.capitalize()}: {run(section)}")
+        runs.append(f"{how[0].upper()}{how[1:]}: {run(section)}")
     heading = ["decode / prompts", "speed of plain vLLM", "limit", "share of the limit"]
     return "\n\n".join([table(heading, rows), *runs])
 
 
-def peers(report: dict[str, Any]) -> str:
+def peers(*reports: dict[str, Any]) -> str:
     """How much faster than every peer."""
-    section = report["sections"]["peers"]
-    plain = next(case for case in section["cases"] if case["name"] == "plain")["output_throughput"]
-    ours = "ours, times as fast as "
-    sure = {goal["goal"].removeprefix(ours): goal["beyond_noise"] for goal in report["goals"] if ours in goal["goal"]}
-    rows = [
-        [
-            case["label"],
-            f"{case['times_faster']:.1f}×",
-            f"{plain / case['output_throughput']:.1f}×",
-            f"≥ {case['goal']:g}×",
-            verdict(case["times_faster"] >= case["goal"]) + ("" if sure[case["label"]] else ", not beyond noise"),
-        ]
-        for case in section["cases"]
-        if case.get("goal")
-    ]
+    rows, runs = [], []
+    for report, where in zip(reports, ("", "GPU, "), strict=False):
+        section = report["sections"]["peers"]
+        runs.append(run(section))
+        plain = next(case for case in section["cases"] if case["name"] == "plain")["output_throughput"]
+        for goal in report["goals"]:
+            label = goal["goal"].removeprefix("ours, times as fast as ")
+            case = next((case for case in section["cases"] if case["label"] == label), None)
+            if case is not None:
+                rows.append(
+                    [
+                        f"{where}{label}",
+                        f"{case['times_faster']:.1f}×",
+                        f"{plain / case['output_throughput']:.1f}×",
+                        f"≥ {case['goal']:g}×",
+                        verdict(goal["met"]) + ("" if goal["beyond_noise"] else ", not beyond noise"),
+                    ]
+                )
     heading = ["against", "all steered is faster by", "plain vLLM is faster by", "goal", ""]
-    return table(heading, rows) + "\n\n" + run(section)
+    return "\n\n".join([table(heading, rows), *runs])
 
 
 def run(section: dict[str, Any]) -> str:
@@ -147,27 +151,31 @@ def run(section: dict[str, Any]) -> str:
     )
 
 
-def kernels(report: dict[str, Any]) -> str:
-    """The kernels' goals."""
+def kernels(cpu: dict[str, Any], *gpu: dict[str, Any]) -> str:
+    """The kernels' goals; a CPU's report says of a GPU's that they are not measured."""
+    goals = [goal for report in gpu for goal in report["goals"]]
+    goals += [goal for goal in cpu["goals"] if goal["measured"] is not None or not gpu]
     rows = []
-    for goal in report["goals"]:
+    for goal in goals:
         measured = "–" if goal["measured"] is None else f"{goal['measured']:.2f}"
         missing = f", {goal['missing']}" if "missing" in goal else ""
         rows.append([goal["goal"], goal["target"], measured, verdict(goal.get("met")) + missing])
-    return table(["", "goal", "measured", ""], rows) + f"\n\n{made_by(report['environment'])}"
+    made = [made_by(report["environment"]) for report in (*gpu, cpu)]
+    return "\n\n".join([table(["", "goal", "measured", ""], rows), *made])
 
 
-def solver(report: dict[str, Any]) -> str:
+def solver(*reports: dict[str, Any]) -> str:
     """Solved weights against the grid search."""
     rows = []
-    for experts in sorted({case["experts"] for case in report["cases"]}):
-        cases = [case for case in report["cases"] if case["experts"] == experts]
-        found = [case["times_faster"] for case in cases if "times_faster" in case]  # a GPU's case may have failed
-        met = sum(times >= 10 for times in found)
-        faster = f"{min(found):.1f}× to {max(found):.1f}×" if found else "–"
-        rows.append([str(experts), faster, f"{met} of {len(cases)}"])
+    for report, where in zip(reports, ("", ", on a GPU"), strict=False):
+        for experts in sorted({case["experts"] for case in report["cases"]}):
+            cases = [case for case in report["cases"] if case["experts"] == experts]
+            found = [case["times_faster"] for case in cases if "times_faster" in case]  # a GPU's case may have failed
+            met = sum(times >= 10 for times in found)
+            faster = f"{min(found):.1f}× to {max(found):.1f}×" if found else "–"
+            rows.append([f"{experts}{where}", faster, f"{met} of {len(cases)}"])
     heading = ["experts", "faster than a grid search", "cases at the goal of 10×"]
-    return table(heading, rows) + f"\n\n{made_by(report['environment'])}"
+    return "\n\n".join([table(heading, rows), *(made_by(report["environment"]) for report in reports)])
 
 
 def siblings(report: dict[str, Any]) -> str:
@@ -184,16 +192,16 @@ def siblings(report: dict[str, Any]) -> str:
     return table(heading, rows) + f"\n\n{saved:.0f} MiB less memory; {made_by(engine['environment'])}"
 
 
-# Name in the README → file of results and what to make of it.
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "transfer": ("transfer.json", transfer),
-    "experts": ("transfer.json", experts),
-    "maps": ("transfer.json", maps),
-    "throughput": ("throughput-cpu.json", throughput),
-    "peers": ("throughput-cpu.json", peers),
-    "kernels": ("kernels-cpu.json", kernels),
-    "siblings": ("siblings-cpu.json", siblings),
-    "solver": ("fusion-cpu.json", solver),
+# Name in the README → files of results and what to make of them. The second one is a GPU's, once there is one.
+BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "transfer": (("transfer.json",), transfer),
+    "experts": (("transfer.json",), experts),
+    "maps": (("transfer.json",), maps),
+    "throughput": (("throughput-cpu.json", "throughput-gpu.json"), throughput),
+    "peers": (("throughput-cpu.json", "throughput-gpu-peers.json"), peers),
+    "kernels": (("kernels-cpu.json", "kernels-nvidia-*.json"), kernels),
+    "siblings": (("siblings-cpu.json",), siblings),
+    "solver": (("fusion-cpu.json", "fusion-nvidia-*.json"), solver),
 }
 
 
@@ -209,8 +217,10 @@ def fill(text: str, results: Path = RESULTS) -> str:
     """
 
     def written(match: re.Match[str]) -> str:
-        file, write = BLOCKS[match[1]]
-        return f"<!-- figures: {match[1]} -->\n{write(json.loads((results / file).read_text()))}\n<!-- end -->"
+        files, write = BLOCKS[match[1]]
+        found = [results / files[0], *(path for name in files[1:] for path in sorted(results.glob(name))[:1])]
+        reports = [json.loads(path.read_text()) for path in found]
+        return f"<!-- figures: {match[1]} -->\n{write(*reports)}\n<!-- end -->"
 
     return BLOCK.sub(written, text)
 

@@ -57,7 +57,7 @@ def check_peers(setup: Setup, peers: Worker, reference: Worker, ways: Iterable[t
     Raises:
         RuntimeError: a peer gives other tokens.
     """
-    few = [Request(request.prompt[:24], 8) for request in sample(setup.scale, 4, seed=1)]
+    few = [Request(request.prompt[:24], 8) for request in sample(setup.scale, 10, seed=1)]
     judge = _Judge(setup, reference, few)
     for weights in sorted(set(ways)):
         for batch_size in (1, 4):

@@ -184,6 +184,18 @@ SCALES = {
         5 << 30,
         8192,
     ),
+    # Small models of the same kind, to see whether everything runs.
+    "gpu-tiny": Scale(
+        Shape(256, 4, 4, 2, 768, 32_000, "Qwen2"),
+        Shape(128, 2, 2, 1, 384, 32_000, "Qwen2", True),
+        "bfloat16",
+        True,
+        16,
+        (16, 64),
+        (8, 24),
+        256 << 20,
+        2048,
+    ),
     # Qwen2.5-3B: four engines and three Hugging Face models fit there.
     "gpu-peers": Scale(
         Shape(2048, 36, 16, 2, 11_008, 151_936, "Qwen2", True),

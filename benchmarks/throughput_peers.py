@@ -144,6 +144,7 @@ def measure(
     names = list(dict.fromkeys(case.engine for case in ENGINE_CASES))
     with workers({name: setup.engine(name) for name in names} | {"peers": setup.peers()}) as started:
         memory = {name: started[name].answer() for name in started}
+        runners = {name: started[name].call("model_runner") for name in names}
         with workers({"reference": setup.reference()}) as others:
             others["reference"].answer()
             checked = check(setup, started, ENGINE_CASES, others["reference"])
@@ -167,7 +168,7 @@ def measure(
                     memory[name] |= started[name].call("memory")
                 cases = [_report(case, runs, memory, setup.device) for case in (*ENGINE_CASES, *HF_CASES)]
                 report = {"check": checked, "rounds": number, "batch_sizes": batch_sizes, "subset": SUBSET}
-                save(report | {"cases": cases})
+                save(report | {"model_runners": runners, "cases": cases})
 
 
 @dataclass

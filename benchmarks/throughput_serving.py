@@ -142,6 +142,8 @@ class Setup:
         environment, options = dict(self.environment), dict(self.options)
         if "values" not in given:
             environment["VLLM_PLUGINS"] = ""  # this project's plugin is not even loaded
+        if "peer_value" in given:
+            environment[RUNNER] = "0"  # which its logits processor was written for
         if drafts:
             environment[RUNNER] = "1"
             options["speculative_config"] = DRAFTER

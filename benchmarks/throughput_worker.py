@@ -232,7 +232,7 @@ class Worker:
     def __init__(self, make: Callable[..., Any], arguments: dict, environment: dict[str, str], name: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        given = (theirs, make, arguments, CACHE / f"{name}.log")
+        given = (theirs, make, arguments, CACHE / f"{name.replace(', ', '-').replace(' ', '-')}.log")
         self._process = context.Process(target=_serve, args=given, name=name, daemon=True)
         # Inherited, since the new process imports torch, which reads them, before it runs anything of ours.
         before = dict(os.environ)

@@ -20,12 +20,43 @@ def test_every_figure_is_that_of_the_results():
     assert {match[1] for match in readme.BLOCK.finditer(TEXT)} == set(readme.BLOCKS)
 
 
-@pytest.mark.parametrize("file", sorted({file for file, _ in readme.BLOCKS.values()}))
+@pytest.mark.parametrize("file", sorted({files[0] for files, _ in readme.BLOCKS.values()}))
 def test_other_results_give_another_readme(tmp_path, file):
     shutil.copytree(readme.RESULTS, tmp_path, dirs_exist_ok=True)
     changed = json.dumps(json.loads((tmp_path / file).read_text())).replace(".py", ".py --other")
     (tmp_path / file).write_text(changed)
     assert readme.fill(TEXT, tmp_path) != TEXT
+
+
+@pytest.mark.parametrize(
+    "name, here, there, told",
+    [
+        ("throughput", "throughput-cpu.json", "throughput-gpu.json", "| GPU, compiled, all steered | "),
+        ("peers", "throughput-cpu.json", "throughput-gpu-peers.json", "| GPU, (a) "),
+        ("kernels", "kernels-cpu.json", "kernels-nvidia-h100.json", "| value_add, 32–512 rows: share of copy "),
+        ("solver", "fusion-cpu.json", "fusion-nvidia-h100.json", "| 1, on a GPU | "),
+    ],
+)
+def test_figures_of_a_gpu_stand_beside_those_of_the_cpu(tmp_path, name, here, there, told):
+    """As soon as its file of results is there; goals that the CPU's cannot tell of are then the GPU's."""
+    block = f"<!-- figures: {name} -->\n<!-- end -->"
+    shutil.copytree(readme.RESULTS, tmp_path, dirs_exist_ok=True)
+    (tmp_path / there).unlink(missing_ok=True)
+    before = readme.fill(block, tmp_path)
+    report = json.loads((tmp_path / here).read_text())
+    for environment in [
+        report.get("environment", {}),
+        *(s["environment"] for s in report.get("sections", {}).values()),
+    ]:
+        environment["gpu"] = "NVIDIA H100"
+    if name == "kernels":
+        report["goals"] = [goal | {"measured": 7.25} for goal in report["goals"] if goal["measured"] is None]
+    (tmp_path / there).write_text(json.dumps(report))
+    after = readme.fill(block, tmp_path)
+    assert told in after and "NVIDIA H100" in after and "NVIDIA" not in before
+    assert set(before.splitlines()) - set(after.splitlines()) == {
+        line for line in before.splitlines() if name == "kernels" and "not yet measured" in line
+    }
 
 
 def test_an_unknown_block_is_an_error():

@@ -50,6 +50,18 @@ def test_value_networks_get_token_ids(models):
     assert found.tolist() == [0, 1, 2] and found.data_ptr() == kept.data_ptr()
 
 
+@pytest.mark.parametrize("more, traces", [((), False), ((), True), (("other:Processor",), False)])
+def test_runner_v1_keeps_outputs_for_those_that_read_them(models, tmp_path, more, traces):
+    """For traces and for other processors; in `test_parity_v1.py` an engine without either."""
+    found = config(models)
+    settings = found.additional_config["ivl"]
+    found.additional_config["ivl"] = settings | {"trace_file": str(tmp_path / "trace.jsonl")} if traces else settings
+    found.model_config.logits_processors = [*found.model_config.logits_processors, *more]
+    batch = SimpleNamespace(logitsprocs_need_output_token_ids=True)
+    Steps(found).follow(SimpleNamespace(positions=None, input_batch=batch))
+    assert batch.logitsprocs_need_output_token_ids == (traces or bool(more))
+
+
 class Worker:
     """Stands for vLLM's: its warm-up takes two steps by `execute_model`, as that of runner V2 does."""
 

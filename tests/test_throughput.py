@@ -294,6 +294,7 @@ for version, newer in (("0.26.0", False), ("0.30.2+cu130", False), ("0.31.0", Tr
     # Plain vLLM and ours, in the same runner.
     for name in ("plain", "ours"):
         assert setup.engine(name)[2].get("VLLM_USE_V2_MODEL_RUNNER") == (None if newer else "0"), version
+    assert setup.engine("plugin")[2]["VLLM_USE_V2_MODEL_RUNNER"] == "0"  # it has the interface of V1 alone
     assert "VLLM_USE_V2_MODEL_RUNNER" not in Setup(SCALES["tiny"], 1, "cpu", True, {}).environment
     assert usual_parts("gpu", newer) == ["compiled", "speculative"][: 2 if newer else 1]
     assert usual_parts("gpu-peers", newer) == ["sweep", "peers"]

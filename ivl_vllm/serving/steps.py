@@ -116,6 +116,8 @@ class Steps:
             with other networks.
         needed: numbers of the networks that the step in progress needs; None outside of steps (profiling, warm-up,
             capture of CUDA graphs), where all of them run.
+        reads_outputs: whether a logits processor of this engine may read what requests have generated so far: another
+            one than ours, or ours for a trace.
         inputs: where the model runner keeps `input_ids` and `positions`, `[most tokens]` each: each token's id, and its
             place in its sequence; None before warm-up.
         sampled: whether the step in progress has computed its logits to sample from. What comes after them is prompt
@@ -132,6 +134,8 @@ class Steps:
             and vllm_config.compilation_config.mode != CompilationMode.STOCK_TORCH_COMPILE
         )
         self.fingerprint: str | None = vllm_config.additional_config.get(ENGINE_KEY, {}).get("fingerprint")
+        processors = vllm_config.model_config.logits_processors or ()
+        self.reads_outputs = len(processors) > 1 or self.settings.trace_file is not None
         self._of_request: dict[str, frozenset[int]] = {}
         self._is_warming_up = False
         self.needed: frozenset[int] | None = None
@@ -163,8 +167,14 @@ class Steps:
         self.needed = frozenset().union(*used)
 
     def follow(self, runner: Any) -> None:
-        """Learns where the model runner keeps its inputs: V1 in attributes of its own, V2 in buffers."""
+        """Learns where the model runner keeps its inputs: V1 in attributes of its own, V2 in buffers.
+
+        For any custom processor V1 waits in every step for the tokens of the step before: not for one that reads none.
+        """
         self.inputs = getattr(runner, "input_buffers", runner)
+        batch = getattr(runner, "input_batch", None)
+        if not self.reads_outputs and getattr(batch, "logitsprocs_need_output_token_ids", False):
+            batch.logitsprocs_need_output_token_ids = False
 
     def text_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """`[tokens]` places in the sequence, whatever the base's own positions are.
