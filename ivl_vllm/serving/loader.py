@@ -81,7 +81,8 @@ class IVLModelLoader(BaseModelLoader):
             return base
         drafter = vllm_config.speculative_config
         most_rows = vllm_config.scheduler_config.max_num_seqs * (1 + (drafter.num_speculative_tokens if drafter else 0))
-        most_rows = min(most_rows, 512)  # kernels have the same shapes beyond
+        # Kernels have the same shapes beyond. Prompt log-probabilities take whole prompts.
+        most_rows = 512 if settings.default_weight else min(most_rows, 512)
         for network in networks:
             network.warm_up(most_rows)
         steps = Steps.of(vllm_config)

@@ -188,11 +188,12 @@ def no_logits(rows: int, columns: int, device: torch.device) -> list[torch.Tenso
     """Zeros `[rows, columns]` with the row strides that a step's fp32 logits may have.
 
     vLLM pads a vocabulary to a multiple of 64 and hands over a view without the padding; a single row of it keeps its
-    stride when it is converted. Triton compiles anew for a stride that 16 divides.
+    stride when it is converted, and all rows do where they were fp32 before. Triton compiles anew for a stride that 16
+    divides.
     """
     found = [torch.zeros(rows, columns, device=device)]
-    if rows == 1 and columns % 64:
-        found.append(torch.zeros(1, -(-columns // 64) * 64, device=device)[:, :columns])
+    if columns % 16:
+        found.append(torch.zeros(rows, -(-columns // 64) * 64, device=device)[:, :columns])
     return found
 
 

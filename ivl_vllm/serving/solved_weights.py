@@ -196,16 +196,25 @@ def warm_up_solvers(
         return
     solved = SolvedWeights(settings, value_rows, 1, device)
     pairs = [(name,) for name in solved.pairs]
+    # What is added to the logits: as wide as these, and as each pair is.
+    added = [(base_columns, None)]
+    for numbers in solved.pairs.values():
+        networks = [value_rows.networks[number] for number in numbers]
+        known = min(network.value_logits(network.no_hidden(1)).shape[1] for network in networks)
+        added.append((known, networks[0].partners))
     for count in warm_up_rows(most_rows):
-        delta, nothing = torch.zeros(count, base_columns, device=device), torch.zeros(count, device=device)
+        nothing = torch.zeros(count, device=device)
         for logits, row_index in itertools.product(
             no_logits(count, base_columns, device), (None, torch.arange(count, device=device))
         ):
-            value_add(logits, delta, nothing, row_index=row_index)  # weights are 0, so nothing is read or written
+            for columns, partners in added:
+                delta = torch.zeros(count, columns, device=device)
+                value_add(logits, delta, nothing, row_index=row_index, vocab_map=partners)  # nothing is read or written
             # A row is solved alike however many there are. But value logits that are projected together lie behind each
             # other, and whether 16 bytes divide where the second ones begin depends on the rows: 8 of them always do.
             if count > 8:
                 continue
+            delta = torch.zeros(count, base_columns, device=device)
             trust_region_weights(logits, delta, nothing, nothing, row_index=row_index)
             for names in [*pairs, tuple(solved.pairs)] if len(pairs) > 1 else pairs:
                 rows = Rows(network.no_hidden(count) for network in value_rows.networks)

@@ -157,7 +157,7 @@ def solve_triton(
             limits,
             limits if targets is None else targets,
             limits if row_index is None else row_index,
-            limits if vocab_map is None else vocab_map,
+            base if vocab_map is None else vocab_map,  # aligned as the kernel was compiled for
             base.shape[0],
             base.shape[1],
             plus.shape[1],

@@ -34,7 +34,7 @@ def choose_config(rows: int, dtype: torch.dtype) -> Config:
     if rows <= 32:
         return Config(32, 128, 64, 2, 4, 4)
     if rows <= 64:
-        return Config(64, 128, 64, 4, 3, 4)
+        return Config(64, 128, 64, 4, 3, 8)
     return Config(128, 128, 64, 4, 3, 8)
 
 
@@ -49,15 +49,16 @@ def _add_tile(logits, offsets, first, steer, used, num_columns, PIECES: tl.const
         _add_tile(logits, offsets, first + WIDTH, right, used, num_columns, PIECES // 2)
     else:
         columns = first + tl.arange(0, 2 * WIDTH)
+        # Not in both branches: Triton 3.6 moves one's into the other, and then fails.
+        pointers = logits + offsets[:, None] + columns[None, :]
         if first + 2 * WIDTH <= num_columns:
-            _add_columns(logits, offsets, columns, steer, used[:, None])
+            _add_columns(pointers, steer, used[:, None])
         else:
-            _add_columns(logits, offsets, columns, steer, used[:, None] & (columns < num_columns)[None, :])
+            _add_columns(pointers, steer, used[:, None] & (columns < num_columns)[None, :])
 
 
 @triton.jit
-def _add_columns(logits, offsets, columns, steer, mask):
-    pointers = logits + offsets[:, None] + columns[None, :]
+def _add_columns(pointers, steer, mask):
     base = tl.load(pointers, mask=mask, other=0.0)
     total = base.to(tl.float32)
     # False for NaN too, and for columns without a partner, which carry an infinity. They are written back as they were:
@@ -157,7 +158,7 @@ def lm_head_value_add_triton(
             lm_head_weight,
             weights,
             weights if row_index is None else row_index,  # a pointer that is not read
-            weights if vocab_map is None else vocab_map,
+            logits if vocab_map is None else vocab_map,  # likewise, and aligned as the kernel was compiled for
             count,
             logits.shape[0],
             columns,

@@ -119,7 +119,7 @@ def value_add_triton(
             value_logits,
             weights,
             weights if row_index is None else row_index,  # a pointer that is not read
-            weights if vocab_map is None else vocab_map,
+            logits if vocab_map is None else vocab_map,  # likewise, and aligned as the kernel was compiled for
             logits.shape[0],
             columns,
             value_logits.shape[1],
