@@ -24,6 +24,10 @@ REFUSED = {
         },
         ["pipeline_parallel_size is 2 with speculative decoding", "--pipeline-parallel-size 1, or leave"],
     ),
+    "stages_and_other_launcher": (
+        {"pipeline_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
+        ["pipeline_parallel_size is 2 with distributed_executor_backend external_launcher", "or leave"],
+    ),
     "stages_and_connector": (
         {
             "pipeline_parallel_size": 2,

@@ -129,11 +129,16 @@ def _check_features(config: VllmConfig) -> None:
     for is_on, what in (
         (drafter is not None, "speculative decoding"),
         (config.kv_transfer_config is not None, "a KV connector"),
+        # All of its ranks sample, and the last one alone has value networks.
+        (
+            parallel.distributed_executor_backend == "external_launcher",
+            "distributed_executor_backend external_launcher",
+        ),
     ):
         if parallel.pipeline_parallel_size > 1 and is_on:
             raise ValueError(
                 f"ivl: pipeline_parallel_size is {parallel.pipeline_parallel_size} with {what}, and value networks "
-                f"were never run with both: use --pipeline-parallel-size 1, or leave {what} out"
+                f"do not run with both: use --pipeline-parallel-size 1, or leave {what} out"
             )
     if parallel.prefill_context_parallel_size > 1:
         raise ValueError(
