@@ -138,7 +138,7 @@ def admit(extra_args, salt=None, resumable=False, **changes):
     from vllm import SamplingParams
     from vllm.v1.engine.core import EngineCore
 
-    from ivl_vllm.plugin import register
+    from ivl_vllm.plugin import PROCESSOR, register
     from ivl_vllm.settings import Settings, Value
 
     register()
@@ -148,6 +148,7 @@ def admit(extra_args, salt=None, resumable=False, **changes):
         additional_config: ClassVar = {"ivl": settings.to_dict(), "ivl_engine": {"fingerprint": "abc"}}
         parallel_config = SimpleNamespace(data_parallel_size=1)
         compilation_config = SimpleNamespace(mode=0)
+        model_config = SimpleNamespace(logits_processors=[PROCESSOR])
         kv_transfer_config = None
 
     config = Config()
