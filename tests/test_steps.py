@@ -1,5 +1,7 @@
 """Which networks a step needs, where that hangs on the engine's configuration and not on its requests."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +35,8 @@ def test_value_networks_get_places_in_the_sequence(models):
     assert torch.equal(steps.text_positions(axes[0]), axes[0])
     assert torch.equal(steps.text_positions(axes), axes[0])  # while memory is measured
     kept = torch.arange(8)
-    for runner in (SimpleNamespace(positions=kept), SimpleNamespace(input_buffers=SimpleNamespace(positions=kept))):
+    buffers = SimpleNamespace(positions=kept, input_ids=None)
+    for runner in (SimpleNamespace(positions=kept), SimpleNamespace(input_buffers=buffers)):
         steps.follow(runner)
         found = steps.text_positions(axes)
         assert found.tolist() == [0, 1, 2, 3] and found.data_ptr() == kept.data_ptr()
@@ -45,9 +48,20 @@ def test_value_networks_get_token_ids(models):
     given, kept = torch.tensor([7, 8, 9]), torch.arange(8, dtype=torch.int32)
     assert steps.token_ids(given, positions) is given
     assert steps.token_ids(None, positions).dtype == torch.int32  # while memory is measured
-    steps.follow(SimpleNamespace(input_buffers=SimpleNamespace(input_ids=kept)))
+    steps.follow(SimpleNamespace(input_buffers=SimpleNamespace(positions=positions, input_ids=kept)))
     found = steps.token_ids(None, positions)
     assert found.tolist() == [0, 1, 2] and found.data_ptr() == kept.data_ptr()
+
+
+def test_an_engine_that_is_gone_leaves_nothing_behind(models):
+    """Its configuration is what all that is known of it hangs on, and its model runner holds that."""
+    found = config(models)
+    runner = SimpleNamespace(vllm_config=found, positions=torch.arange(8), input_batch=None)
+    Steps.of(found).follow(runner)
+    gone = weakref.ref(found)
+    del found, runner
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("more, traces", [((), False), ((), True), (("other:Processor",), False)])

@@ -118,8 +118,9 @@ class Steps:
             capture of CUDA graphs), where all of them run.
         reads_outputs: whether a logits processor of this engine may read what requests have generated so far: another
             one than ours, or ours for a trace.
-        inputs: where the model runner keeps `input_ids` and `positions`, `[most tokens]` each: each token's id, and its
-            place in its sequence; None before warm-up.
+        positions: `[most tokens]`, where the model runner writes each token's place in its sequence; None before
+            warm-up.
+        input_ids: `[most tokens]`, where runner V2 writes each token's id; None before warm-up.
         sampled: whether the step in progress has computed its logits to sample from. What comes after them is prompt
             log-probabilities.
     """
@@ -139,7 +140,8 @@ class Steps:
         self._of_request: dict[str, frozenset[int]] = {}
         self._is_warming_up = False
         self.needed: frozenset[int] | None = None
-        self.inputs: Any = None
+        self.positions: torch.Tensor | None = None
+        self.input_ids: torch.Tensor | None = None
         self.sampled = False
 
     @classmethod
@@ -171,7 +173,10 @@ class Steps:
 
         For any custom processor V1 waits in every step for the tokens of the step before: not for one that reads none.
         """
-        self.inputs = getattr(runner, "input_buffers", runner)
+        # Not the runner itself, which would keep the engine alive.
+        buffers = getattr(runner, "input_buffers", None)
+        self.positions = (buffers or runner).positions
+        self.input_ids = None if buffers is None else buffers.input_ids
         batch = getattr(runner, "input_batch", None)
         if not self.reads_outputs and getattr(batch, "logitsprocs_need_output_token_ids", False):
             batch.logitsprocs_need_output_token_ids = False
@@ -185,7 +190,7 @@ class Steps:
         if positions.dim() == 1:
             return positions
         # While vLLM measures memory the runner is not known yet, and any numbers do.
-        return positions[0] if self.inputs is None else self.inputs.positions[: positions.shape[1]]
+        return positions[0] if self.positions is None else self.positions[: positions.shape[1]]
 
     def token_ids(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
         """`[tokens]` ids, which runner V2 does not hand to the last of several stages.
@@ -196,9 +201,9 @@ class Steps:
         """
         if input_ids is not None:
             return input_ids
-        if self.inputs is None:  # as above
+        if self.input_ids is None:  # as above
             return torch.zeros_like(positions, dtype=torch.int32)
-        return self.inputs.input_ids[: positions.shape[0]]
+        return self.input_ids[: positions.shape[0]]
 
     @property
     def is_partial(self) -> bool:
