@@ -117,7 +117,9 @@ def peers(*reports: dict[str, Any]) -> str:
     """How much faster than every peer."""
     rows, runs = [], []
     for report, where in zip(reports, ("", "GPU, "), strict=False):
-        section = report["sections"]["peers"]
+        section = report["sections"].get("peers")
+        if section is None:  # the sweep before it is a run of its own
+            continue
         runs.append(run(section))
         plain = next(case for case in section["cases"] if case["name"] == "plain")["output_throughput"]
         for goal in report["goals"]:

@@ -59,6 +59,15 @@ def test_figures_of_a_gpu_stand_beside_those_of_the_cpu(tmp_path, name, here, th
     }
 
 
+def test_a_gpu_whose_peers_are_not_measured_yet_changes_nothing(tmp_path):
+    shutil.copytree(readme.RESULTS, tmp_path, dirs_exist_ok=True)
+    block = "<!-- figures: peers -->\n<!-- end -->"
+    (tmp_path / "throughput-gpu-peers.json").unlink(missing_ok=True)
+    before = readme.fill(block, tmp_path)
+    (tmp_path / "throughput-gpu-peers.json").write_text(json.dumps({"sections": {"sweep": {}}, "goals": []}))
+    assert readme.fill(block, tmp_path) == before
+
+
 def test_an_unknown_block_is_an_error():
     with pytest.raises(KeyError, match="nonsense"):
         readme.fill("<!-- figures: nonsense -->\n<!-- end -->")

@@ -16,26 +16,6 @@ REFUSED = {
     "processor_without_settings": ({"additional_config": {}}, ["no value network", "value_model", "IVL_VALUE_MODEL"]),
     "unknown_field": ({"additional_config": {"ivl": {"valuemodel": "x"}}}, ["'valuemodel'", "'x'", "value_model"]),
     "missing_folder": ({"additional_config": {"ivl": {"value_model": "./missing"}}}, ["value_model", "./missing"]),
-    "stages_and_drafts": (
-        {
-            "pipeline_parallel_size": 2,
-            "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
-            **RANKS,
-        },
-        ["pipeline_parallel_size is 2 with speculative decoding", "--pipeline-parallel-size 1, or leave"],
-    ),
-    "stages_and_other_launcher": (
-        {"pipeline_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
-        ["pipeline_parallel_size is 2 with distributed_executor_backend external_launcher", "or leave"],
-    ),
-    "stages_and_connector": (
-        {
-            "pipeline_parallel_size": 2,
-            "kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
-            **RANKS,
-        },
-        ["pipeline_parallel_size is 2 with a KV connector", "--pipeline-parallel-size 1, or leave"],
-    ),
     "pooling": ({"runner": "pooling"}, ["pooling", "--runner generate"]),
     "prompt_embeds": ({"enable_prompt_embeds": True}, ["enable_prompt_embeds"]),
     "draft_model_on_v1": (
@@ -277,6 +257,8 @@ TRANSFORMER, HYBRID, STATES_ONLY = model_config(), model_config(is_hybrid=True),
         (TRANSFORMER, HYBRID, {}, "only if the base has some too"),
         (TRANSFORMER, STATES_ONLY, {}, "only if the base has some too"),
         (HYBRID, HYBRID, {"use_replayssm": True}, "without --use-replayssm"),
+        (HYBRID, HYBRID, {"stages": 2}, "--pipeline-parallel-size 1"),
+        (HYBRID, TRANSFORMER, {"stages": 2}, None),
         (STATES_ONLY, TRANSFORMER, {}, "--block-size 1024"),
         (STATES_ONLY, TRANSFORMER, {"user_specified_block_size": True}, None),
         (STATES_ONLY, STATES_ONLY, {}, None),
@@ -289,7 +271,8 @@ def test_layers_with_a_state_beside_each_other(base, value, cache, message):
     from ivl_vllm.serving.network_checks import _check_states
 
     cache_config = SimpleNamespace(**{"user_specified_block_size": False, "use_replayssm": False} | cache)
-    config = SimpleNamespace(model_config=base, cache_config=cache_config)
+    parallel_config = SimpleNamespace(pipeline_parallel_size=cache.get("stages", 1))
+    config = SimpleNamespace(model_config=base, cache_config=cache_config, parallel_config=parallel_config)
     with nullcontext() if message is None else pytest.raises(ValueError, match=f"^ivl: .*VALUE .*{message}"):
         _check_states(config, value, "VALUE")
 

@@ -13,6 +13,7 @@ from vllm.v1.worker import gpu_worker
 
 import ivl_vllm
 from ivl_vllm.serving import network
+from ivl_vllm.serving import steps as steps_module
 from ivl_vllm.serving.checks import check_engine
 from ivl_vllm.serving.network import no_logits
 from ivl_vllm.serving.steps import Steps, watch_steps
@@ -64,16 +65,20 @@ def test_an_engine_that_is_gone_leaves_nothing_behind(models):
     assert gone() is None
 
 
-@pytest.mark.parametrize("more, traces", [((), False), ((), True), (("other:Processor",), False)])
-def test_runner_v1_keeps_outputs_for_those_that_read_them(models, tmp_path, more, traces):
+@pytest.mark.parametrize(
+    "more, traces, installed",
+    [((), False, ()), ((), True, ()), (("other:Processor",), False, ()), ((), False, ("other",))],
+)
+def test_runner_v1_keeps_outputs_for_those_that_read_them(models, tmp_path, monkeypatch, more, traces, installed):
     """For traces and for other processors; in `test_parity_v1.py` an engine without either."""
     found = config(models)
     settings = found.additional_config["ivl"]
     found.additional_config["ivl"] = settings | {"trace_file": str(tmp_path / "trace.jsonl")} if traces else settings
     found.model_config.logits_processors = [*found.model_config.logits_processors, *more]
+    monkeypatch.setattr(steps_module, "entry_points", lambda group: installed)
     batch = SimpleNamespace(logitsprocs_need_output_token_ids=True)
     Steps(found).follow(SimpleNamespace(positions=None, input_batch=batch))
-    assert batch.logitsprocs_need_output_token_ids == (traces or bool(more))
+    assert batch.logitsprocs_need_output_token_ids == (traces or bool(more or installed))
 
 
 class Worker:

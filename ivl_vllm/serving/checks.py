@@ -44,9 +44,11 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
         ValueError: names the cause and the fix.
     """
     settings = engine_settings(vllm_config)
+    _check_stages(vllm_config)
     _check_features(vllm_config)
     models = [vllm_config.model_config]
     models += [check_network(vllm_config, source) for source in settings.networks]
+    _check_block_sizes(vllm_config, models)
     _check_connectors(vllm_config, models)
     # Part of vLLM's compile cache key, which by itself knows neither the networks' order nor what their folders hold:
     # what is there now may read embeddings where it read token ids before.
@@ -68,6 +70,35 @@ def check_engine(vllm_config: VllmConfig, hybrid_is_users_choice: bool = False) 
     if passes.fuse_allreduce_rms and max(map(_width, models)) > _width(models[0]):
         passes.fuse_allreduce_rms = False  # its buffer is as wide as the base (or a drafter), and all models share it
     admission.admit_for(settings, vllm_config)
+
+
+def _check_stages(config: VllmConfig) -> None:
+    """Refuses what does not work where the base is split and value networks lie on its last stage."""
+    stages = config.parallel_config.pipeline_parallel_size
+    for is_on, what in (
+        (config.speculative_config is not None, "speculative decoding"),
+        (config.kv_transfer_config is not None, "a KV connector"),
+        # All of its ranks sample, and the last one alone has value networks.
+        (
+            config.parallel_config.distributed_executor_backend == "external_launcher",
+            "distributed_executor_backend external_launcher",
+        ),
+    ):
+        if stages > 1 and is_on:
+            raise ValueError(
+                f"ivl: pipeline_parallel_size is {stages} with {what}, and value networks do not run with both: use "
+                f"--pipeline-parallel-size 1, or leave {what} out"
+            )
+
+
+def _check_block_sizes(config: VllmConfig, models: Sequence[ModelConfig]) -> None:
+    """Refuses stages whose blocks may hold different numbers of tokens: each chooses by the layers that it has."""
+    stages, is_given = config.parallel_config.pipeline_parallel_size, config.cache_config.user_specified_block_size
+    if stages > 1 and not is_given and len({model.use_mla for model in models}) > 1:
+        raise ValueError(
+            f"ivl: pipeline_parallel_size is {stages}, and only some of the models have multi-head latent attention: "
+            "each stage would choose a block size for its own layers; give one, such as --block-size 64"
+        )
 
 
 def _check_connectors(config: VllmConfig, models: Sequence[ModelConfig]) -> None:
@@ -126,20 +157,6 @@ def _check_features(config: VllmConfig) -> None:
         raise ValueError(
             "ivl: enable_prompt_embeds is on, but a value network reads token ids: start without --enable-prompt-embeds"
         )
-    for is_on, what in (
-        (drafter is not None, "speculative decoding"),
-        (config.kv_transfer_config is not None, "a KV connector"),
-        # All of its ranks sample, and the last one alone has value networks.
-        (
-            parallel.distributed_executor_backend == "external_launcher",
-            "distributed_executor_backend external_launcher",
-        ),
-    ):
-        if parallel.pipeline_parallel_size > 1 and is_on:
-            raise ValueError(
-                f"ivl: pipeline_parallel_size is {parallel.pipeline_parallel_size} with {what}, and value networks "
-                f"do not run with both: use --pipeline-parallel-size 1, or leave {what} out"
-            )
     if parallel.prefill_context_parallel_size > 1:
         raise ValueError(
             f"ivl: prefill_context_parallel_size is {parallel.prefill_context_parallel_size}, and value networks were "

@@ -153,10 +153,10 @@ def _load_network(
     asked = own_cache_dtype(asked, vllm_config.model_config.dtype, model_config.dtype)
     config.cache_config.cache_dtype = resolve_kv_cache_dtype_string(asked, model_config)
     config.lora_config = None
-    use_attention_of_model(config)
     config.parallel_config = copy.copy(vllm_config.parallel_config)
     has_stages = config.parallel_config.pipeline_parallel_size > 1
     config.parallel_config.pipeline_parallel_size = 1
+    use_attention_of_model(config)
     if vllm_config.parallel_config.enable_eplb:
         # Only the base's experts are known to vLLM's balancer.
         config.parallel_config.enable_eplb = False

@@ -143,6 +143,12 @@ def _check_states(vllm_config: VllmConfig, value: ModelConfig, what: str) -> Non
             f"ivl: {what} has layers with a state (Mamba, linear attention), for which vLLM makes room only if the "
             "base has some too: use a transformer, or such a base"
         )
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if has_states(value) and stages > 1:
+        raise ValueError(
+            f"ivl: pipeline_parallel_size is {stages}, and {what} has layers with a state (Mamba, linear attention), "
+            "which were never run beside a stage of the base alone: use --pipeline-parallel-size 1, or a transformer"
+        )
     if has_states(value) and getattr(cache, "use_replayssm", False):
         raise ValueError(
             f"ivl: use_replayssm is on, which counts the steps of all layers with a state together, and {what} has "

@@ -13,6 +13,7 @@ import functools
 import uuid
 import weakref
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +137,8 @@ class Steps:
         )
         self.fingerprint: str | None = vllm_config.additional_config.get(ENGINE_KEY, {}).get("fingerprint")
         processors = vllm_config.model_config.logits_processors or ()
-        self.reads_outputs = len(processors) > 1 or self.settings.trace_file is not None
+        installed = entry_points(group="vllm.logits_processors")  # vLLM runs these too
+        self.reads_outputs = len(processors) > 1 or bool(installed) or self.settings.trace_file is not None
         self._of_request: dict[str, frozenset[int]] = {}
         self._is_warming_up = False
         self.needed: frozenset[int] | None = None
@@ -193,7 +195,7 @@ class Steps:
         return positions[0] if self.positions is None else self.positions[: positions.shape[1]]
 
     def token_ids(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-        """`[tokens]` ids, which runner V2 does not hand to the last of several stages.
+        """`[tokens]` ids, which runner V2 does not hand to the last of several stages (vLLM before 0.33).
 
         Args:
             input_ids: as the base takes them.
