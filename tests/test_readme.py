@@ -28,6 +28,16 @@ def test_other_results_give_another_readme(tmp_path, file):
     assert readme.fill(TEXT, tmp_path) != TEXT
 
 
+@pytest.fixture
+def results(tmp_path):
+    """The results of the CPU alone, whatever GPUs have been measured by now."""
+    shutil.copytree(readme.RESULTS, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.iterdir():
+        if "nvidia" in path.name or "gpu" in path.name:
+            path.unlink()
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     "name, here, there, told",
     [
@@ -37,13 +47,11 @@ def test_other_results_give_another_readme(tmp_path, file):
         ("solver", "fusion-cpu.json", "fusion-nvidia-h100.json", "| 1, on a GPU | "),
     ],
 )
-def test_figures_of_a_gpu_stand_beside_those_of_the_cpu(tmp_path, name, here, there, told):
+def test_figures_of_a_gpu_stand_beside_those_of_the_cpu(results, name, here, there, told):
     """As soon as its file of results is there; goals that the CPU's cannot tell of are then the GPU's."""
     block = f"<!-- figures: {name} -->\n<!-- end -->"
-    shutil.copytree(readme.RESULTS, tmp_path, dirs_exist_ok=True)
-    (tmp_path / there).unlink(missing_ok=True)
-    before = readme.fill(block, tmp_path)
-    report = json.loads((tmp_path / here).read_text())
+    before = readme.fill(block, results)
+    report = json.loads((results / here).read_text())
     for environment in [
         report.get("environment", {}),
         *(s["environment"] for s in report.get("sections", {}).values()),
@@ -51,21 +59,19 @@ def test_figures_of_a_gpu_stand_beside_those_of_the_cpu(tmp_path, name, here, th
         environment["gpu"] = "NVIDIA H100"
     if name == "kernels":
         report["goals"] = [goal | {"measured": 7.25} for goal in report["goals"] if goal["measured"] is None]
-    (tmp_path / there).write_text(json.dumps(report))
-    after = readme.fill(block, tmp_path)
+    (results / there).write_text(json.dumps(report))
+    after = readme.fill(block, results)
     assert told in after and "NVIDIA H100" in after and "NVIDIA" not in before
     assert set(before.splitlines()) - set(after.splitlines()) == {
         line for line in before.splitlines() if name == "kernels" and "not yet measured" in line
     }
 
 
-def test_a_gpu_whose_peers_are_not_measured_yet_changes_nothing(tmp_path):
-    shutil.copytree(readme.RESULTS, tmp_path, dirs_exist_ok=True)
+def test_a_gpu_whose_peers_are_not_measured_yet_changes_nothing(results):
     block = "<!-- figures: peers -->\n<!-- end -->"
-    (tmp_path / "throughput-gpu-peers.json").unlink(missing_ok=True)
-    before = readme.fill(block, tmp_path)
-    (tmp_path / "throughput-gpu-peers.json").write_text(json.dumps({"sections": {"sweep": {}}, "goals": []}))
-    assert readme.fill(block, tmp_path) == before
+    before = readme.fill(block, results)
+    (results / "throughput-gpu-peers.json").write_text(json.dumps({"sections": {"sweep": {}}, "goals": []}))
+    assert readme.fill(block, results) == before
 
 
 def test_an_unknown_block_is_an_error():
