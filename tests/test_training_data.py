@@ -197,6 +197,8 @@ CALL = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "t
         ),
         ('{"message": []}\n', "; got message; did you mean 'messages' by 'message'?"),
         ('{"prompt": "a", "completion": "b", "tools": [{}]}\n', "line 1: `tools` is for a chat template"),
+        (CHAT % '"tool": [], "id": 7', "line 1: a field that is not read; did you mean 'tools' by 'tool'? Rename it"),
+        (CHAT % '"chat_template_args": {}', "did you mean 'chat_template_kwargs' by 'chat_template_args'?"),
         (CHAT % '"tools": "get_weather"', "line 1: `tools` is text, but no JSON: Expecting value"),
         (CHAT % '"tools": {"a": 1}', "line 1: `tools` must be a list of tools, not an object"),
         (
@@ -222,6 +224,12 @@ def test_bad_lines_are_told_with_their_number(tmp_path, content, message):
         read_examples(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_fields_for_other_tools_may_stand_in_a_line(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(CHAT % '"tools": [], "tool_names": [], "template": "a", "message_id": 1, "source": "web"')
+    assert [example["line"] for example in read_examples(path)] == [1]
 
 
 def test_bytes_that_are_not_utf8_and_missing_files(tmp_path):

@@ -6,6 +6,7 @@ just as it will be when the model is asked for it.
 """
 
 import difflib
+import functools
 import json
 import os
 import random
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 Example = dict[str, Any]
 
-_FIELDS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
+_OPTIONAL = ("tools", "chat_template_kwargs")
+_FIELDS = ("messages", "prompt", "completion", *_OPTIONAL)
 # What `ivl train` says to every chat template itself.
 _OWN_SETTINGS = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "return_dict"}
 _OWN_SETTINGS |= {"tokenize", "tools"}
@@ -88,6 +90,8 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
         {"prompt": prompt, "completion": completion, "line": number, "plain": isinstance(prompt, str)}
         for prompt, completion in pairs
     ]
+    if meant := _meant(row, _OPTIONAL, 0.8):  # other fields may stand there, for other tools
+        raise ValueError(f"{where}: a field that is not read{meant} Rename it, or leave it out")
     tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise ValueError(f"{where}: `chat_template_kwargs` must be an object, not {_kind(options)}")
@@ -111,12 +115,17 @@ def _parse_json(text: str, otherwise: str) -> Any:
         raise ValueError(f"{otherwise}: {error}") from error
 
 
-def _meant(row: dict) -> str:
+def _meant(row: dict, fields: tuple[str, ...] = _FIELDS, closeness: float = 0.6) -> str:
     for name in row:
-        near = difflib.get_close_matches(name, _FIELDS, n=1)
-        if near and near[0] not in row:
-            return f"; did you mean {near[0]!r} by {name!r}?"
+        near = _nearest(name, fields, closeness)
+        if near and near not in row:
+            return f"; did you mean {near!r} by {name!r}?"
     return ""
+
+
+@functools.lru_cache  # asked for every line
+def _nearest(name: str, fields: tuple[str, ...], closeness: float) -> str | None:
+    return next(iter(difflib.get_close_matches(name, fields, n=1, cutoff=closeness)), None)
 
 
 def _kind(value: Any) -> str:
