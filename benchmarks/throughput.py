@@ -69,8 +69,8 @@ def skipped(device: str, drafts_run: bool) -> list[dict[str, str]]:
         older = "vLLM takes n-gram drafts beside a logits processor from 0.32 on"
         return [] if drafts_run else [{"what": "speculative decoding", "why": older}]
     drafts = "vLLM's runner V1 takes no logits processors beside a drafter, and V2 needs Triton, so not on a CPU"
-    never = "no GPU was at hand: --scale gpu has never run"
-    return [{"what": "speculative decoding", "why": drafts}, {"what": "every GPU figure", "why": never}]
+    absent = "this machine has no GPU: --scale gpu measures one"
+    return [{"what": "speculative decoding", "why": drafts}, {"what": "every GPU figure", "why": absent}]
 
 
 def usual_parts(scale: str, drafts_run: bool) -> list[str]:
