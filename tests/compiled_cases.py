@@ -1,5 +1,7 @@
 """Engines whose models vLLM compiles; `test_parity_compiled.py` runs each test in a process of its own."""
 
+import weakref
+
 from cascade_models import mark_scheme
 from parity import Reference, assert_parity, engine, random_requests, run
 from sibling_models import make_sibling, value_rows
@@ -23,8 +25,11 @@ def test_torch_compile(models, tmp_path, monkeypatch):
         engine(models["base"], **ivl_vllm.engine_args(values=values), enforce_eager=False) as llm,
     ):
         assert value_rows(llm).groups == [(0, 2), (1,)]
+        layers = [weakref.ref(m) for n in value_rows(llm).networks for m in n.model.modules() if hasattr(m, "kv_cache")]
         requests = random_requests(24, seed=41, names=("a", "b", "c"), last_arrival=10)
         outputs = run(llm, requests)
+    # Each of them would keep the whole KV cache, whose parts are views of one tensor.
+    assert layers and not any(layer() for layer in layers)
     folders = {"a": models["value"], "b": cascade, "c": (sibling, models["value"])}
     assert_parity(Reference(models["base"], {"b": "cascade"}, **folders), requests, outputs)
 

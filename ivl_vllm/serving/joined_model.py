@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 
 from ivl_vllm.serving.network import StableInput
 from ivl_vllm.serving.steps import Steps
-from ivl_vllm.serving.value_rows import Rows
+from ivl_vllm.serving.value_rows import Rows, ValueRows
 
 
 class _Join:
@@ -166,4 +168,18 @@ def join(
         base.do_not_compile = True
     kind = JoinedModel if for_drafter is None else ReadByDrafter
     base.__class__ = type(f"IVL{type(base).__name__}", (kind, type(base)), {"__module__": __name__})
+    weakref.finalize(base, release, steps.rows).atexit = False
     return base
+
+
+def release(rows: ValueRows) -> None:
+    """Lets the networks of a base that is gone go too, and the KV cache with them, all of which each layer holds.
+
+    vLLM frees an engine of this process through the modules of its base, among which the networks are not: torch keeps
+    a compiled module until its hook is taken away.
+    """
+    for network in rows.networks:
+        for module in network.model.modules():
+            if isinstance(module, TorchCompileWithNoGuardsWrapper):
+                module.cleanup()
+    rows.networks, rows.groups = [], []
