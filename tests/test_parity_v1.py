@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from parity import Reference, Request, assert_parity, engine, metric, mismatches, random_requests, run
+from tiny import make_model
 
 import ivl_vllm
 from ivl_vllm.trace_view import read_trace
@@ -212,6 +213,16 @@ def test_wrong_weight_is_noticed(llm, reference):
     for request in requests:
         request.weights = {"math": 1.5}
     assert len(mismatches(reference, requests, outputs)) > 5
+
+
+def test_weights_that_are_reloaded_in_place_are_the_bases_alone(llm, models, tmp_path):
+    other = make_model(tmp_path / "other", seed=91, hidden=128, layers=3, heads=4, kv_heads=2)  # of the base's shape
+    networks = {"math": models["value"], "style": (models["sliding"], models["anti"])}
+    for folder in (other, models["base"]):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        llm.reset_prefix_cache()
+        requests = random_requests(12, seed=92, names=("math", "style"), last_arrival=8)
+        assert_parity(Reference(folder, **networks), requests, run(llm, requests))
 
 
 def test_preemption_and_default_weight(models, tmp_path):
