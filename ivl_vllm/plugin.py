@@ -4,7 +4,8 @@ vLLM calls `register` in every process. It registers the model loader `ivl` and 
 `EngineArgs.create_engine_config`, so that engine arguments that name the processor `ivl` become a configuration that
 vLLM understands; `SamplingParams.from_optional`, so that a streamed HTTP request is checked before its answer begins;
 `EngineCore.preprocess_add_request`, so that requests which use different value networks share no cached prefix;
-`EngineCore.sleep`, so that no value network loses its weights.
+`EngineCore.sleep`, so that no value network loses its weights. Where value networks are loaded, `steps.watch_steps`
+wraps two methods of `Worker` besides.
 Engines that do not name `ivl` are left as they are.
 """
 
@@ -139,9 +140,8 @@ def _resolve(args: EngineArgs) -> dict[str, Any]:
             "leaves no room for value networks: copy it to a folder and load it from there"
         )
     # Named twice, it would add the value logits twice.
-    resolved = [PROCESSOR] + [p for p in processors if not _is_ours(p)]
-    first = next(i for i, p in enumerate(processors) if _is_ours(p))
-    resolved.insert(first, resolved.pop(0))
+    first, others = list(map(_is_ours, processors)).index(True), [p for p in processors if not _is_ours(p)]
+    resolved = [*others[:first], PROCESSOR, *others[first:]]
     settings = parse_settings(additional.get(ALIAS))
     additional[ALIAS] = settings.to_dict()
     additional[ENGINE_KEY] = {

@@ -35,6 +35,28 @@ def test_spellings(models, spelling):
     assert config.model_config.logprobs_mode == "raw_logits"
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [("ivl", ["IVL"]), (["ivl", "ivl"], ["IVL"]), (["a:A", "ivl", "b:B", "ivl"], ["a:A", "IVL", "b:B"])],
+)
+def test_named_in_a_plain_string_or_twice(models, given, expected):
+    settings = ivl_vllm.engine_args(value_model=str(models["value"])) | {"logits_processors": given}
+    found = create(models["base"], **settings).model_config.logits_processors
+    assert found == [plugin.PROCESSOR if name == "IVL" else name for name in expected]
+
+
+@pytest.mark.parametrize(
+    "engine, said",
+    [({"load_format": "tensorizer"}, "tensorizer"), ({"model": "s3://bucket/model"}, "s3://bucket/model")],
+)
+def test_bases_that_are_streamed_past_loaders_are_refused(models, engine, said):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"model": str(models["base"])} | ivl_vllm.engine_args(value_model=str(models["value"])) | engine
+    with pytest.raises(ValueError, match=f"ivl: .*{said}.*copy it to a folder"):
+        EngineArgs(**arguments).create_engine_config()
+
+
 def test_the_users_arguments_are_left_as_they_were(models):
     from vllm.engine.arg_utils import EngineArgs
 

@@ -30,6 +30,61 @@ def test_a_model_that_is_compiled_as_a_whole_always_runs_all_networks(models, mo
     assert Steps.of(found).skip == skips
 
 
+def test_ranks_that_make_the_same_calls_always_run_all_networks(models):
+    """Experts are spread over data-parallel ranks, all of which have to take part in every network's."""
+    found = config(models)
+    assert Steps(found).skip
+    found.parallel_config.data_parallel_size = 2
+    assert not Steps(found).skip
+
+
+@pytest.mark.parametrize("most, limit, in_pieces", [(4, 12, False), (4, 11, True), (1, 3, False)])
+def test_rows_with_drafts_come_by_unsteered_only_where_logits_may_come_in_pieces(monkeypatch, most, limit, in_pieces):
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    from ivl_vllm.serving.processor import _may_come_in_pieces
+
+    monkeypatch.setattr(rejection_sampler, "get_max_chunk_logits", {320: limit}.get)
+    found = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=most),
+        speculative_config=SimpleNamespace(num_speculative_tokens=2),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 320),
+    )
+    assert _may_come_in_pieces(found) == in_pieces
+
+
+def test_a_request_that_another_engine_admitted_runs_unsteered():
+    """Several engines of one process check each other's requests."""
+    from ivl_vllm.serving.processor import IVLLogitsProcessor
+    from ivl_vllm.serving.steps import needed_networks
+    from ivl_vllm.settings import parse_settings
+
+    processor = IVLLogitsProcessor.__new__(IVLLogitsProcessor)
+    processor._settings = parse_settings({"values": {"math": {"model": "folder"}}})
+    params = SimpleNamespace(extra_args={"ivl": "code=1.0"}, prompt_logprobs=None)
+    assert processor._steering(params) is None
+    assert needed_networks(processor._settings, params) == frozenset()
+    params.extra_args = {"ivl": "math=1.0"}
+    assert processor._steering(params) is not None and needed_networks(processor._settings, params) == {0}
+
+
+@pytest.mark.parametrize("asked", [{"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [5]}, {}])
+def test_prompt_logprobs_need_the_networks_of_the_default_weight(asked):
+    from ivl_vllm.serving.steps import needed_networks
+    from ivl_vllm.settings import parse_settings
+
+    settings = parse_settings({"value_model": "folder", "default_weight": 0.5})
+    params = SimpleNamespace(**{"extra_args": {"ivl": 0}, "prompt_logprobs": None} | asked)
+    assert needed_networks(settings, params) == ({0} if asked else frozenset())
+
+
+def test_rows_of_a_network_that_sat_out_are_not_to_be_had():
+    from ivl_vllm.serving.value_rows import Rows
+
+    with pytest.raises(RuntimeError, match="network 1 sat out a step.*skip_unsteered"):
+        Rows([torch.zeros(2, 3), None])[1]
+
+
 def test_value_networks_get_places_in_the_sequence(models):
     """Also where the base counts along the axes of an image, at an address that stays."""
     steps, axes = Steps.of(config(models)), torch.zeros(3, 4, dtype=torch.long)

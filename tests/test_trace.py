@@ -181,4 +181,19 @@ def test_a_file_that_cannot_be_written_harms_nobody(tmp_path):
     logits = torch.zeros(1, 4)
     for _ in range(2):
         trace.write([_Row(0, TracedRequest(Steering(trace="a"), [], "r"), 0, None)], logits, logits, [])
-    assert not (tmp_path / "gone").exists()
+    (tmp_path / "gone").mkdir()
+    trace.write([_Row(0, TracedRequest(Steering(trace="a"), [], "r"), 0, None)], logits, logits, [])
+    assert not list((tmp_path / "gone").iterdir())  # it was said that nothing more is traced
+
+
+def test_forbidden_tokens_have_no_part_in_the_divergence(tmp_path):
+    """They are -inf before and after."""
+    from ivl_vllm.serving.trace import Trace, TracedRequest, _Row
+    from ivl_vllm.steering import Steering
+
+    base, steered = (torch.tensor([[0.0, 1.0, float("-inf")]]) + torch.tensor([[0.0, d, d]]) for d in (0.0, 1.0))
+    row = _Row(0, TracedRequest(Steering(trace="a"), [], "r"), 0, None)
+    Trace(str(tmp_path / "trace.jsonl")).write([row], base, steered, [])
+    found = json.loads((tmp_path / "trace.jsonl").read_text())["kl"]
+    before, after = (logits[0, :2].log_softmax(-1) for logits in (base, steered))
+    assert found == pytest.approx((after.exp() * (after - before)).sum().item(), rel=1e-5) and found > 0

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.offloader import NoopOffloader, get_offloader, set_offloader
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
@@ -25,7 +26,7 @@ from ivl_vllm.serving.cached_layers import check_states, keep_whole_context, use
 from ivl_vllm.serving.checks import READING_DRAFTERS, engine_settings
 from ivl_vllm.serving.joined_model import join
 from ivl_vllm.serving.network import Network, StableInput
-from ivl_vllm.serving.network_checks import is_multimodal, network_config, network_scheme, reads_token_ids
+from ivl_vllm.serving.network_checks import check_inputs, is_multimodal, network_config, network_scheme, reads_token_ids
 from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
 from ivl_vllm.serving.solved_weights import warm_up_solvers
 from ivl_vllm.serving.stages import built_on_one_stage
@@ -171,6 +172,7 @@ def _load_network(
     scheme = network_scheme(source.model)
     vocab_map = None if source.vocab_map is None else VocabMap.load(source.vocab_map)
     reads_ids = reads_token_ids(scheme, vocab_map)
+    check_inputs(get_model_cls(model_config), model_config, source, reads_ids)
     config.additional_config = {**vllm_config.additional_config, "ivl_network": [number, reads_ids]}
 
     layers = vllm_config.compilation_config.static_forward_context

@@ -106,6 +106,31 @@ def reads_token_ids(scheme: str, vocab_map: VocabMap | None) -> bool:
     return scheme == "residual" and (vocab_map is None or vocab_map.single)
 
 
+def check_inputs(kind: type, model: ModelConfig, source: NetworkSource, reads_ids: bool) -> None:
+    """Refuses a network that reads more than its tokens (or their embeddings) and their positions.
+
+    Args:
+        kind: vLLM's class of it.
+        model: its configuration.
+        source: where it comes from.
+        reads_ids: see `reads_token_ids`.
+
+    Raises:
+        ValueError: names what it reads and the fix.
+    """
+    what, text = f"ivl: the value network {source.model!r} ({kind.__name__})", model.hf_text_config
+    # Qwen4 experts have such inputs only if they have layers with embeddings of their own.
+    if hasattr(kind, "get_model_state_cls") and getattr(text, "ple_layer_ids", True):
+        raise ValueError(
+            f"{what} reads inputs that vLLM prepares for the base alone, such as the tokens before each: use another"
+        )
+    if source.vocab_map and not reads_ids and getattr(text, "hidden_size_per_layer_input", 0):
+        raise ValueError(
+            f"{what} has embeddings of each token for every layer, which it looks up by ids, and vocab_map "
+            f"{source.vocab_map!r} gives it means of embeddings: make the map with ivl map-vocab --input last"
+        )
+
+
 def _check_model(base: ModelConfig, value: ModelConfig, source: NetworkSource, scheme: str) -> None:
     what = f"the value network {source.model!r}"
     if value.runner_type != "generate":

@@ -61,6 +61,7 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._weights = RequestWeights(num_slots, len(self._settings.networks), device)
         self._solved = SolvedWeights(self._settings, self._value_rows, num_slots, device)
         self._drafts = vllm_config.speculative_config is not None
+        self._in_pieces = self._drafts and _may_come_in_pieces(vllm_config)
         self._by_position: dict[int, tuple[Steering, TracedRequest | None]] = {}
         self._trace = None
         is_traced = self._settings.trace_file is not None
@@ -116,6 +117,8 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follows requests that were added, removed or moved."""
+        if batch_update is None:  # most steps: nobody came, left or was moved
+            return
         before = dict(self._by_position)
         if process_dict_updates(self._by_position, batch_update, self._added):
             for position in before.keys() | self._by_position.keys():
@@ -128,8 +131,7 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Fills a slot. Returns whether `apply` has to be called for this request."""
         steered = self._set(req_idx, *(self._added(sampling_params, None) or (None, None)))
-        # With drafts a step's logits come in several pieces, and every piece must come by to keep the rows in step.
-        return steered or self._drafts
+        return steered or self._in_pieces
 
     def apply_staged_writes(self) -> None:
         """Sends this step's new weights to the device."""
@@ -169,3 +171,15 @@ class IVLLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 chosen = self._weights.of_slots(slot_of_row, slots, groups)
             self._value_rows.add(logits, rows, chosen)
         return solved
+
+
+def _may_come_in_pieces(vllm_config: VllmConfig) -> bool:
+    """Whether a step's logits with drafts may come in several pieces, all of which must come by to keep rows in step.
+
+    Runner V2 checks so many at a time as take 1 GB.
+    """
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    most = vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.speculative_config.num_speculative_tokens)
+    limit = getattr(rejection_sampler, "get_max_chunk_logits", None)
+    return limit is None or most > limit(vllm_config.model_config.get_vocab_size())

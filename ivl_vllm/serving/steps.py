@@ -140,6 +140,7 @@ class Steps:
         installed = entry_points(group="vllm.logits_processors")  # vLLM runs these too
         self.reads_outputs = len(processors) > 1 or bool(installed) or self.settings.trace_file is not None
         self._of_request: dict[str, frozenset[int]] = {}
+        self._everything = frozenset(range(len(self.settings.networks)))
         self._is_warming_up = False
         self.needed: frozenset[int] | None = None
         self.positions: torch.Tensor | None = None
@@ -166,8 +167,8 @@ class Steps:
             self._of_request.pop(request, None)
         for new in scheduled.scheduled_new_reqs:
             self._of_request[new.req_id] = needed_networks(self.settings, new.sampling_params)
-        everything = frozenset(range(len(self.settings.networks)))
-        used = (self._of_request.get(request, everything) for request in scheduled.num_scheduled_tokens)
+        # Few different sets, however many requests.
+        used = {self._of_request.get(request, self._everything) for request in scheduled.num_scheduled_tokens}
         self.needed = frozenset().union(*used)
 
     def follow(self, runner: Any) -> None:
