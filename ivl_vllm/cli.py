@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trace = commands.add_parser("trace", help="draw a trace: generated text, coloured by how far it was steered")
     trace.add_argument("file", metavar="FILE", type=os.path.expanduser, help="trace_file of an engine (JSON lines)")
     trace.add_argument("--tokenizer", required=True, metavar="BASE", help="folder or hub id of the base")
+    trace.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
     trace.add_argument("--name", nargs="+", metavar="NAME", help="traces to draw (default: all in the file)")
     trace.add_argument(
         "-o",
@@ -107,6 +108,12 @@ def _train(words: list[str]) -> int:
     except TrainingDivergedError as error:
         print(f"ivl train: error: {error}", file=sys.stderr)
         status = 1
+    except (ImportError, TypeError, ValueError) as error:
+        if run.trainer.has_begun:
+            raise
+        # transformers makes optimizer and scheduler there: a missing package, or arguments that they do not take.
+        print(f"ivl train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
     _leave_processes()
     return status
 
@@ -149,7 +156,7 @@ def _map_vocab(arguments: argparse.Namespace) -> None:
 def _trace(arguments: argparse.Namespace) -> None:
     from ivl_vllm.trace_view import draw
 
-    draw(arguments.file, arguments.tokenizer, arguments.name, arguments.output)
+    draw(arguments.file, arguments.tokenizer, arguments.name, arguments.output, arguments.trust_remote_code)
     print(f"wrote {arguments.output}")
 
 

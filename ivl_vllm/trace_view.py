@@ -23,7 +23,7 @@ MOST_TOKENS, MOST_ROWS = 10_000, 1_500  # of a PNG: some ten seconds, and the he
 RED, GREY = (214, 69, 65), (128, 128, 128)
 
 
-def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) -> None:
+def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str, trust_remote_code: bool = False) -> None:
     """Draws traces into one HTML or PNG file.
 
     Args:
@@ -31,6 +31,7 @@ def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) ->
         tokenizer: folder or hub id of the base.
         names: traces to draw; one that several requests had in common stands for all of them. None for all.
         output: where to; its ending says what.
+        trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
         ValueError: a file that cannot be read or written, an unknown name or ending, no tokenizer or one that lacks the
@@ -54,7 +55,7 @@ def draw(path: str, tokenizer: str, names: Sequence[str] | None, output: str) ->
     if ending == ".png" and count > MOST_TOKENS:
         raise _too_much(output, f"{count} tokens", MOST_TOKENS)
     try:
-        decoder = read_tokenizer(tokenizer)
+        decoder = read_tokenizer(tokenizer, trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer is {tokenizer!r}: there is no tokenizer to load ({error})") from error
     try:

@@ -295,7 +295,7 @@ def test_a_template_that_leaves_no_answer_is_told_with_its_line(family, tmp_path
     words = flags(family, tmp_path / "never", f"--base={tmp_path / 'base'}")
     assert cli.main(["train", *words]) == 2
     err = capsys.readouterr().err
-    assert "ivl train: error: --data, line 1: no answer tokens are left after the chat template" in err
+    assert "ivl train: error: --data, line 1: the chat template leaves out the answer's text" in err
 
 
 @pytest.mark.parametrize("where", ["answer", "all"])

@@ -92,18 +92,18 @@ def test_the_attention_can_be_chosen(family, tmp_path):
 
 
 def test_flash_attention_needs_half_precision():
-    from ivl_vllm.training.command import _check_attention
+    from ivl_vllm.training.checks import check_attention
 
     def network(dtype, attention="flash_attention_2"):
         return SimpleNamespace(dtype=dtype, config=SimpleNamespace(_attn_implementation=attention))
 
     half, full = {"--base b": network(torch.bfloat16)}, {"--base b": network(torch.float32)}
-    _check_attention(half, network(torch.float32), True)
-    _check_attention(full, network(torch.float32, "sdpa"), False)
+    check_attention(half, network(torch.float32), True)
+    check_attention(full, network(torch.float32, "sdpa"), False)
     with pytest.raises(ValueError, match="flash_attention_2 takes bfloat16.*--bf16 true"):
-        _check_attention(half, network(torch.float32), False)
+        check_attention(half, network(torch.float32), False)
     with pytest.raises(ValueError, match="--base b is float32 on disk"):
-        _check_attention(full, network(torch.float32), True)
+        check_attention(full, network(torch.float32), True)
 
 
 def test_networks_are_tried_out_in_the_precision_that_they_train_in(family, tmp_path, monkeypatch):

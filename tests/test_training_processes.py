@@ -109,7 +109,7 @@ def test_two_sharded_processes_match_one_resume_and_save_in_half_precision(famil
 
 
 def test_sharding_that_would_not_happen_is_refused(family, tmp_path, capsys):
-    from ivl_vllm.training.command import _check_sharding
+    from ivl_vllm.training.checks import check_sharding
 
     assert cli.main(["train", *flags(family, tmp_path / "never", "--fsdp=full_shard", "--use_cpu=true")]) == 2
     err = capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_sharding_that_would_not_happen_is_refused(family, tmp_path, capsys):
     # As accelerate leaves it for several processes on the CPU, without a word.
     told = SimpleNamespace(fsdp=True, device="cpu", world_size=2)
     with pytest.raises(ValueError, match="--fsdp was given, but on the device cpu of 2 processes nothing would be"):
-        _check_sharding(SimpleNamespace(args=told, is_fsdp_enabled=False))
+        check_sharding(SimpleNamespace(args=told, is_fsdp_enabled=False))
 
 
 def test_deepspeed_that_is_missing_or_shards_weights_is_refused(family, tmp_path, capsys, monkeypatch):

@@ -40,6 +40,9 @@ def check_numbers(settings: Any) -> None:
             flag = " ".join([f"--{known.name}", *(f"({alias})" for alias in known.metadata.get("aliases", ()))])
             expected = "a number" if least is None else f"a finite number from {least} up"
             raise ValueError(f"{flag} is {value}; expected {expected}")
+    steps = getattr(settings, "max_steps", -1)
+    if steps != -1 and steps < 1:
+        raise ValueError(f"--max_steps is {steps}; expected 1 or more, or -1 for what the epochs give")
 
 
 @dataclass

@@ -14,15 +14,28 @@ import trl
 
 from ivl_vllm.training import curves, models
 from ivl_vllm.training.base_cache import META_NAME, fingerprint
+from ivl_vllm.training.checks import (
+    check_attention,
+    check_batches,
+    check_checkpoint,
+    check_evaluation,
+    check_output,
+    check_sampling,
+    check_sharding,
+    fp16_note,
+    limit_length,
+    loading_options,
+)
 from ivl_vllm.training.data import read_examples, split_examples, to_dataset
 from ivl_vllm.training.divergence import TrainingDivergedError
-from ivl_vllm.training.folders import UNFINISHED, check_writable, list_checkpoints
+from ivl_vllm.training.folders import check_writable
 from ivl_vllm.training.frozen_bases import load_more_bases
-from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig, own_version
+from ivl_vllm.training.ivl_config import IVLConfig, own_version
 from ivl_vllm.training.lora import add_lora, warn_rank
 from ivl_vllm.training.model_card import Card, serve_command
 from ivl_vllm.training.parsing import parse
 from ivl_vllm.training.preparation import Limits, check_packing
+from ivl_vllm.training.rendering import check_rendered
 from ivl_vllm.training.run_record import RunRecord, check_shapes
 from ivl_vllm.training.trainer import ValueTrainer
 from ivl_vllm.training.turn_ends import ends_of_text, stop_at_other_end
@@ -85,10 +98,10 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     flag = "--init" if value_args.init else "--base"
     init_name = models.locate_model(value_args.init, flag) if value_args.init else base_name
     more_names = [models.locate_model(name, "--more_bases") for name in value_args.more_bases or ()]
-    output = _check_output(args.output_dir, (base_name, init_name, *more_names))
+    output = check_output(args.output_dir, (base_name, init_name, *more_names))
     if value_args.cache_base:  # here too, before anything is loaded
         check_writable(Path(os.path.expanduser(value_args.cache_base)), "--cache_base", unless=META_NAME)
-    args.resume_from_checkpoint = _check_checkpoint(output, args.resume_from_checkpoint)
+    args.resume_from_checkpoint = check_checkpoint(output, args.resume_from_checkpoint)
     train, held_out = split_examples(read_examples(value_args.data, "--data"), value_args.eval_fraction, args.seed)
     if value_args.eval_data:
         held_out = read_examples(value_args.eval_data, "--eval_data")
@@ -100,11 +113,9 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
     if (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
         raise ValueError("--packing_strategy wrapped lets examples see each other; leave it at bfd")
 
-    if not held_out and (args.load_best_model_at_end or args.save_strategy == "best"):
-        flag = "--load_best_model_at_end true" if args.load_best_model_at_end else "--save_strategy best"
-        raise ValueError(f"{flag}: needs held-out data, --eval_data or --eval_fraction")
-
-    options = _loading_options(args)
+    check_evaluation(args, bool(held_out))
+    check_sampling(args)
+    options = loading_options(args)
     tokenizer = models.load_tokenizer(base_name, "--base", args.trust_remote_code)
     if init_name != base_name:
         other = models.load_tokenizer(init_name, "--init", args.trust_remote_code)
@@ -120,6 +131,7 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
             f"--base {value_args.base}: its tokenizer has no chat template, which messages need; give one with "
             "--chat_template_path, or write the data as plain prompt and completion"
         )
+    notes = check_rendered(train, tokenizer, "--data") + check_rendered(held_out, tokenizer, "held-out data")
     base = models.load_base(base_name, options)
     more_bases = load_more_bases(more_names, tokenizer, base_name, options)
     if value_args.init_config:
@@ -130,12 +142,14 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
         value, stored_dtype = models.load_value(init_name, flag, value_args.zero_output_layer, options)
     start = f"--init_config {value_args.init_config}" if value_args.init_config else f"{flag} {init_name}"
     others = {f"--more_bases {name}": other for name, other in zip(more_names, more_bases, strict=True)}
-    _limit_length(args, {f"--base {base_name}": base, **others, start: value})
-    _check_attention({f"--base {base_name}": base, **others}, value, args.bf16 or args.fp16)
+    limit_length(args, {f"--base {base_name}": base, **others, start: value})
+    check_attention({f"--base {base_name}": base, **others}, value, args.bf16 or args.fp16)
     vocab_size = value.config.get_text_config().vocab_size
     columns = min(vocab_size, *(b.config.get_text_config().vocab_size for b in (base, *more_bases)))
+    notes += fp16_note(args, value_args.norm, value_args.norm_weight, columns)
     models.check_padding(args.pad_token or tokenizer.pad_token, tokenizer, columns, f"--base {base_name}")
     record = _record(value_args, args.seed, (base_name, base), (init_name, value), (more_names, more_bases))
+    record.add_batches(args)
     if not train[0]["plain"]:
         record.add_text("chat_template_path", template_path, json.dumps(tokenizer.chat_template, sort_keys=True))
     if args.resume_from_checkpoint:
@@ -203,7 +217,8 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
         ),
         on_save=lambda folder, place: _describe(trainer, card, record, folder, place),
     )
-    _check_sharding(trainer)
+    check_sharding(trainer)
+    check_batches(trainer)
     warning, has_other_end = stop_at_other_end(trainer.train_dataset, tokenizer, ends, plain)
     if has_other_end:
         takes.append("generation-config")
@@ -214,8 +229,8 @@ def prepare(argv: Sequence[str]) -> TrainingRun:
         with trainer.accelerator.autocast():
             check_packing(trainer.model, trainer.data_collator, flag)
     if trainer.is_world_process_zero():
-        if warning:
-            print(warning, flush=True)
+        for note in (*notes, *([warning] if warning else [])):
+            print(note, flush=True)
         frozen = sum(p.numel() for p in base.parameters())
         own = sum(p.numel() for p in value.parameters())
         adapter = f" (LoRA of rank {value_args.lora_rank})" if value_args.lora_rank else ""
@@ -244,86 +259,6 @@ def _describe(trainer: ValueTrainer, card: Card, record: RunRecord, folder: Path
     else:
         record.write(folder)
     card.write(folder, place)
-
-
-def _loading_options(args: Any) -> dict[str, Any]:
-    """What every loader of a model is given; `--model_init_kwargs` may choose the attention."""
-    chosen, args.model_init_kwargs = args.model_init_kwargs or {}, None
-    if more := sorted(set(chosen) - {"attn_implementation"}):
-        raise ValueError(f"--model_init_kwargs: {', '.join(more)} is not offered here, only attn_implementation")
-    return {"trust_remote_code": args.trust_remote_code, **chosen}
-
-
-def _check_attention(bases: dict[str, Any], value: Any, is_mixed: bool) -> None:
-    """FlashAttention takes half precision only: bases have it on disk, the value network by mixed precision."""
-    chosen = value.config._attn_implementation or ""
-    if "flash" not in chosen:
-        return
-    what = f"--model_init_kwargs: {chosen} takes bfloat16 and float16 only"
-    if not is_mixed:
-        raise ValueError(f"{what}: add --bf16 true, or leave it out")
-    for name, base in bases.items():
-        if base.dtype not in (torch.bfloat16, torch.float16):
-            kind = str(base.dtype).removeprefix("torch.")
-            raise ValueError(f"{what}, and {name} is {kind} on disk: save it in bfloat16, or leave it out")
-
-
-def _limit_length(args: Any, networks: dict[str, Any]) -> None:
-    """Lower `--max_length` to the positions that all networks have; learned ones end there for good."""
-    configs = {name: network.config.get_text_config() for name, network in networks.items()}
-    positions = {name: getattr(config, "max_position_embeddings", None) for name, config in configs.items()}
-    known = {name: count for name, count in positions.items() if isinstance(count, int) and count > 0}
-    if known and (args.max_length is None or min(known.values()) < args.max_length):
-        name, args.max_length = min(known.items(), key=lambda item: item[1])
-        if args.process_index == 0:
-            print(f"--max_length is {args.max_length}: {name} has no more positions", flush=True)
-
-
-def _check_sharding(trainer: ValueTrainer) -> None:
-    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"--fsdp was given, but on the device {trainer.args.device} of {trainer.args.world_size} processes nothing "
-            "would be sharded: accelerate shards over processes with a GPU each and ignores the flag elsewhere; "
-            "leave --fsdp out"
-        )
-
-
-def _check_checkpoint(output: Path, name: str | None) -> str | None:
-    """Find the checkpoint to go on from; refuse to mix a new run with an earlier one's checkpoints."""
-    found = list_checkpoints(output)
-    name = str(name or "")  # YAML reads `true` and `no` as booleans
-    if name.lower() in ("", "no", "false", "none"):
-        if found:
-            raise ValueError(
-                f"--output {output}: it holds checkpoints of an earlier run; go on from there with --resume last, "
-                "remove them, or choose another folder"
-            )
-        return None
-    if name.lower() in ("last", "true"):
-        if not found:
-            raise ValueError(f"--resume {name}: there is no checkpoint in {output}")
-        return str(found[-1])
-    path = Path(os.path.expanduser(name))
-    if not (path / "trainer_state.json").is_file():
-        raise ValueError(f"--resume {name}: no such checkpoint (a folder with trainer_state.json)")
-    return str(path)
-
-
-def _check_output(name: str, inputs: tuple[str, ...]) -> Path:
-    output = Path(os.path.expanduser(name))
-    check_writable(output, "--output")
-    if str(output.resolve()) in inputs:
-        raise ValueError(
-            f"--output {name}: that is the folder of --base, --init or --more_bases, which would be overwritten"
-        )
-    # A run that was killed while its files were put in place left some of its own.
-    if not (output / CONFIG_NAME).exists() and not list_checkpoints(output) and not (output / UNFINISHED).exists():
-        for file in ("config.json", "README.md"):
-            if (output / file).exists():
-                raise ValueError(
-                    f"--output {name}: its {file} is not of `ivl train` and would be overwritten; choose another folder"
-                )
-    return output
 
 
 def _versions() -> dict[str, str]:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Example = dict[str, Any]
 
 _OPTIONAL = ("tools", "chat_template_kwargs")
+# Of a message; the others are read too, and near to these.
+_PARTS = ("role", "content", "tool_calls", "reasoning", "reasoning_content")
+_OTHER_PARTS = ("tool_call_id", "weight", "name")
 _FIELDS = ("messages", "prompt", "completion", *_OPTIONAL)
 # What `ivl train` says to every chat template itself.
 _OWN_SETTINGS = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "return_dict"}
@@ -90,11 +93,14 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
         {"prompt": prompt, "completion": completion, "line": number, "plain": isinstance(prompt, str)}
         for prompt, completion in pairs
     ]
+    if not examples[0]["plain"] and row.get("system"):
+        raise ValueError(f"{where}: `system` is not read beside messages: make it the first of them, with that role")
     if meant := _meant(row, _OPTIONAL, 0.8):  # other fields may stand there, for other tools
         raise ValueError(f"{where}: a field that is not read{meant} Rename it, or leave it out")
     tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise ValueError(f"{where}: `chat_template_kwargs` must be an object, not {_kind(options)}")
+    _check_numbers(options, where)
     if own := sorted(_OWN_SETTINGS & options.keys()):
         raise ValueError(f"{where}: `chat_template_kwargs` has {own[0]!r}, which is set for every line: leave it out")
     if examples[0]["plain"] and (tools or options):
@@ -104,8 +110,26 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
         tools = _parse_json(tools, f"{where}: `tools` is text, but no JSON")
     if tools and not isinstance(tools, list):
         raise ValueError(f"{where}: `tools` must be a list of tools, not {_kind(tools)}")
-    tools = json.dumps(tools) if tools else None
+    tools = json.dumps([_tool_as_served(tool) for tool in tools]) if tools else None
     return [{**example, "tools": tools, "chat_template_kwargs": options} for example in examples]
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Refuse numbers that `datasets` does not hold: it makes text of all around a long one, and null of infinity."""
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_numbers(part, where)
+    elif isinstance(value, (int, float)) and not -(2**63) <= value < 2**63:  # NaN too
+        raise ValueError(f"{where}: the number {value:.6g} takes more than 64 bits or is none: write it as text")
+
+
+def _tool_as_served(tool: Any) -> Any:
+    """A tool as vLLM hands it to the template: these fields in this order, null where one is missing."""
+    if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+        return tool
+    function = {name: tool["function"].get(name) for name in ("name", "description", "parameters")}
+    strict = tool["function"].get("strict")
+    return {"type": "function", "function": function if strict is None else {**function, "strict": strict}}
 
 
 def _parse_json(text: str, otherwise: str) -> Any:
@@ -135,9 +159,11 @@ def _kind(value: Any) -> str:
 def _assistant_turns(messages: Any, where: str, start: int = 0) -> list[tuple[list, list]]:
     """One pair of prompt and completion for each assistant turn from message `start` on."""
     messages = _check_messages(messages, "messages", where)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= start]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= start]
+    turns = [i for i in answers if messages[i].pop("weight", 1)]
     if not turns:
-        raise ValueError(f"{where}: no assistant message, so no answer tokens to train on")
+        what = "assistant message with a `weight` other than 0" if answers else "assistant message"
+        raise ValueError(f"{where}: no {what}, so no answer tokens to train on")
     if turns[0] == 0:
         raise ValueError(f"{where}: the first message is the assistant's; an answer needs something before it")
     for i in turns:
@@ -172,15 +198,26 @@ def _check_messages(messages: Any, name: str, where: str) -> list[dict]:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where}: each message of `{name}` needs a `role`")
+        if message["role"] != "assistant" and _nearest(message["role"], ("assistant",), 0.8):
+            raise ValueError(f"{where}: a message has the role {message['role']!r}; did you mean 'assistant'?")
+        if meant := _meant({key: 0 for key in message if key not in _OTHER_PARTS}, _PARTS, 0.8):
+            raise ValueError(f"{where}: a field of a message that is not read{meant}")
+        if message.get("weight", 1) not in (0, 1):
+            raise ValueError(f"{where}: the `weight` of a message is {message['weight']!r}; expected 0 or 1")
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ValueError(f"{where}: the {message['role']} message of `{name}` needs `content` as text")
-    return [_as_served(message, where) if message["role"] == "assistant" else message for message in messages]
+    messages = [_as_served(message, where) if message["role"] == "assistant" else message for message in messages]
+    _check_numbers(messages, where)
+    return messages
 
 
 def _as_served(message: dict, where: str) -> dict:
-    """An assistant's message with text for null, no empty `tool_calls`, and arguments as objects, not as JSON."""
+    """An assistant's message with text for null, no empty calls, arguments as objects, and both names of reasoning."""
     message = {**message, "content": "" if message.get("content") is None else message["content"]}
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    if reasoning is not None:  # templates know the one name or the other, and vLLM gives them both
+        message |= {"reasoning": reasoning, "reasoning_content": reasoning}
     calls = message.pop("tool_calls", None)
     if not calls:
         return message

@@ -1,7 +1,6 @@
 """From tokenised examples to batches: lengths, packing, and held-out rows shared out to several processes."""
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +8,14 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, concatenate_datasets
-from jinja2 import TemplateError
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from ivl_vllm.training.objective import IGNORED
 
+# What is read of a row that has been tokenised.
+_KEPT = ("input_ids", "labels", "line", "completion_mask", "seq_lengths")
 _FLAGS = {"train": "--data", "eval": "held-out data"}
 
 
@@ -94,24 +94,6 @@ def _has_answer(labels: list[int]) -> bool:
     return any(label != IGNORED for label in labels[1:])
 
 
-# What a chat template may raise: its own refusal, or Python's word on a message of another kind than it expects.
-_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
-
-
-def _refused_line(dataset: Dataset, tokenizer: Any) -> str:
-    """Say in which line of the data the chat template fails first; nothing where it fails in none."""
-    if "chat_template_kwargs" not in dataset.column_names:
-        return ""
-    for row in dataset:
-        options = {"tools": json.loads(row["tools"]) if row["tools"] else None, **row["chat_template_kwargs"]}
-        try:
-            tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True, **options)
-            tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False, **options)
-        except _REFUSALS:
-            return f", line {row['line']}"
-    return ""
-
-
 class Preparation(SFTTrainer):
     """The data half of the trainer."""
 
@@ -129,13 +111,9 @@ class Preparation(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         flag = _FLAGS.get(rest[-1], str(rest[-1]))
-        try:
-            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
-        except _REFUSALS as error:
-            line = _refused_line(dataset, processing_class)
-            if not line and not isinstance(error, TemplateError):
-                raise
-            raise ValueError(f"{flag}{line}: the chat template does not take this conversation: {error}") from error
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
+        # Conversations and tools, of which nothing but time is left to lose.
+        dataset = dataset.select_columns([name for name in dataset.column_names if name in _KEPT])
         dataset, message = self._limits.apply(dataset, flag)
         if message and args.process_index == 0:
             print(message, flush=True)
@@ -225,7 +203,7 @@ def check_packing(network: PreTrainedModel, collate: Any, flag: str) -> None:
     was_training = network.training
     network.eval()
     try:
-        packed = network(**batch, use_cache=False, output_hidden_states=True).hidden_states[-1][0, 7:].float()
+        packed = network(**batch, use_cache=False, output_hidden_states=True).hidden_states[-1][0, 7:12].float()
         alone = torch.tensor([ids[7:]], device=device)
         single = network(alone, use_cache=False, output_hidden_states=True).hidden_states[-1][0].float()
     except (TypeError, ValueError) as error:

@@ -31,10 +31,12 @@ _COMPARED = (
     "lora_rank",
     "zero_output_layer",
     "eval_fraction",
+    "long_examples",
 )
 _IN_IVL_CONFIG = ("scheme", "norm", "norm_weight", "norm_positions", "base_temperature", "base_noise")
 _MODELS = ("base", "init", "more_bases")
 _SPELLED = {"norm_weight": "--norm_weight (--lambda)"}
+_SPELLED |= {"rows_per_step": "--batch_size × --gradient_accumulation_steps × processes"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class RunRecord:
     def add_text(self, flag: str, path: str | None, text: str) -> None:
         """Hold a text that `--flag` named, or that was there without it."""
         self.settings[flag], self.contents[flag] = path, hashlib.sha256(text.encode()).hexdigest()
+
+    def add_batches(self, args: Any) -> None:
+        """Hold what decides which rows a step sees: the place in an epoch is found again by counting steps."""
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.settings.update(rows_per_step=rows, packing=args.packing, max_length=args.max_length)
 
     def write(self, folder: Path) -> None:
         """Write `ivl_run.json` into `folder`, which exists."""

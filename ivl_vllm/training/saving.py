@@ -40,6 +40,8 @@ class SafeSaving(StopsDiverged):
     _staging = False
     # Set while the result is written; checkpoints keep the fp32 master weights.
     _result_dtype: torch.dtype | None = None
+    # What the network's configuration said of its cache before training switched it off.
+    _use_cache: bool | None = None
 
     def save_result(self, output: Path, dtype: torch.dtype) -> None:
         """Write the trained network into `output` as an ordinary folder. Every process calls this.
@@ -113,6 +115,8 @@ class SafeSaving(StopsDiverged):
             shutil.rmtree(hidden)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # transformers from 5.23 on asks every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         network = self.accelerator.unwrap_model(self.model)
@@ -131,13 +135,12 @@ class SafeSaving(StopsDiverged):
             state = cast_state(state, self._result_dtype)
         plain.save_pretrained(folder, state_dict=state)
         if self._result_dtype is not None:
-            _write_dtype(folder / "config.json", self._result_dtype)
-        if self.args.should_save:
-            self.processing_class.save_pretrained(folder)
-            if self._on_save is not None:
-                is_staged = folder.parent.name == UNFINISHED
-                place = folder.parent.parent / ("" if folder.name == "result" else folder.name) if is_staged else folder
-                self._on_save(folder, place)
+            _write_config(folder / "config.json", self._result_dtype, self._use_cache)
+        self.processing_class.save_pretrained(folder)
+        if self._on_save is not None:
+            is_staged = folder.parent.name == UNFINISHED
+            place = folder.parent.parent / ("" if folder.name == "result" else folder.name) if is_staged else folder
+            self._on_save(folder, place)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if not self._read_back(resume_from_checkpoint, self.model if model is None else model):
@@ -183,12 +186,14 @@ class SafeSaving(StopsDiverged):
         return True
 
 
-def _write_dtype(path: Path, dtype: torch.dtype) -> None:
-    """transformers writes the model's dtype into `config.json`; the weights beside it have another."""
+def _write_config(path: Path, dtype: torch.dtype, use_cache: bool | None) -> None:
+    """transformers writes what holds in training: the model's dtype, where the weights have another, and no cache."""
     content = json.loads(path.read_text(encoding="utf-8"))
     for part in (content, content.get("text_config")):
         if isinstance(part, dict):
             for name in ("dtype", "torch_dtype"):
                 if name in part:
                     part[name] = str(dtype).removeprefix("torch.")
+            if use_cache is not None and "use_cache" in part:
+                part["use_cache"] = use_cache
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -22,6 +22,9 @@ from ivl_vllm.training.processes import check_deepspeed, check_group, check_laun
 from ivl_vllm.training.progress import LogsLastStep, use_progress_lines
 from ivl_vllm.training.saving import SafeSaving
 
+# What is measured on held-out data.
+METRICS = ("loss", "ce", "norm", "mean_token_accuracy")
+
 
 @dataclass
 class TrainerArguments(CommonArguments, SFTConfig):
@@ -59,6 +62,14 @@ class TrainerArguments(CommonArguments, SFTConfig):
             self.eval_strategy = writes if writes in ("steps", "epoch") else "epoch"
             self.eval_steps = self.eval_steps or (self.save_steps if writes == "steps" else None)
         self.metric_for_best_model = self.metric_for_best_model or "loss"
+        name = self.metric_for_best_model.removeprefix("eval_")
+        if name not in METRICS:
+            raise ValueError(
+                f"--metric_for_best_model is {self.metric_for_best_model}; expected {', '.join(METRICS[:-1])} or "
+                f"{METRICS[-1]}"
+            )
+        if self.greater_is_better is None:  # transformers takes every name but those that end with "loss" for a score
+            self.greater_is_better = name == "mean_token_accuracy"
 
     def _refuse_what_is_replaced(self) -> None:
         """Flags of `SFTConfig` that would change nothing here, or do what they should not."""
@@ -72,6 +83,8 @@ class TrainerArguments(CommonArguments, SFTConfig):
             ("completion_only_loss", (True,), "only answers are trained"),
             ("assistant_only_loss", (False,), "only answers are trained, with any chat template"),
             ("push_to_hub", (False,), upload),
+            ("dataset_kwargs", (None,), "demonstrations are prepared in one way"),
+            ("dataset_text_field", ("text",), "demonstrations are prepared in one way"),
         ):
             # The defaults are other ones in other releases of TRL.
             if name in defaults and (given := getattr(self, name)) not in (*usual, defaults[name]):
@@ -111,6 +124,8 @@ class ValueTrainer(SafeSaving, Preparation):
         limits: What every example must keep to; left out, TRL truncates at `args.max_length`.
     """
 
+    # Whether the first batch has come: optimizer and scheduler are made by then.
+    has_begun = False
     _tag_names = ("ivl",)
     _name = "IVL"
 
@@ -143,6 +158,7 @@ class ValueTrainer(SafeSaving, Preparation):
         # Sums since the last log, on the device: the step itself never waits for it.
         self._sums: dict[str, torch.Tensor] = {}
         config = value.config.get_text_config()
+        self._use_cache = getattr(config, "use_cache", None)
         routing = {name: getattr(config, name) for name in ROUTING if hasattr(config, name)}
         super().__init__(
             model=value,
@@ -201,6 +217,7 @@ class ValueTrainer(SafeSaving, Preparation):
         Returns:
             A scalar, fp32.
         """
+        self.has_begun = True
         if return_outputs:
             raise NotImplementedError("ValueTrainer returns no logits; evaluate with its logged eval_ce instead")
         is_whole_step = num_items_in_batch is not None and self.model.training

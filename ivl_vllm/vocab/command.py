@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=os.path.expanduser,
         help="text, a line each, or .jsonl: learnt from by aligned, and weighs the printed coverage",
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizers")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -77,7 +78,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.corpus is not None and not os.path.isfile(arguments.corpus):
         raise ValueError(f"--corpus {arguments.corpus}: no such file")
 
-    base, value = (read_tokenizer_of(getattr(arguments, name), f"--{name}") for name in ("base", "value"))
+    base, value = (
+        read_tokenizer_of(getattr(arguments, name), f"--{name}", arguments.trust_remote_code)
+        for name in ("base", "value")
+    )
     from ivl_vllm.vocab.make import fill_unmapped, make_vocab_map
     from ivl_vllm.vocab.report import describe_map
 

@@ -181,6 +181,8 @@ def _find_turn_end(tokenizer: PreTrainedTokenizerBase, specials: dict[int, str])
     except (TemplateError, TypeError, ValueError, KeyError):
         # Templates for other kinds of content; then there is no telling.
         return None
+    if _ANSWER not in text:  # of templates that take content as a list
+        return None
     tail = text.rpartition(_ANSWER)[2].lstrip()
     ends = [index for index, content in specials.items() if content and tail.startswith(content)]
     return max(ends, key=lambda index: len(specials[index]), default=None)
