@@ -112,7 +112,11 @@ def _train(words: list[str]) -> int:
         if run.trainer.has_begun:
             raise
         # transformers makes optimizer and scheduler there: a missing package, or arguments that they do not take.
-        print(f"ivl train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(
+            f"ivl train: error: nothing was trained: {' '.join(str(error).split())}; look at --optim, --optim_args, "
+            "--lr_scheduler_type and --lr_scheduler_kwargs, which decide what is made before the first step",
+            file=sys.stderr,
+        )
         status = 2
     _leave_processes()
     return status

@@ -199,6 +199,16 @@ CALL = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "t
         ('{"prompt": "a", "completion": "b", "tools": [{}]}\n', "line 1: `tools` is for a chat template"),
         (CHAT % '"tool": [], "id": 7', "line 1: a field that is not read; did you mean 'tools' by 'tool'? Rename it"),
         (CHAT % '"chat_template_args": {}', "did you mean 'chat_template_kwargs' by 'chat_template_args'?"),
+        (CHAT % '"system": "be kind"', "line 1: `system` is not read beside messages: make it the first of them"),
+        (CHAT.replace("assistant", "assitant") % '"id": 1', "the role 'assitant'; did you mean 'assistant'?"),
+        (
+            CHAT.replace('"content": "b"', '"content": "b", "tool_call": []') % '"id": 1',
+            "line 1: a field of a message that is not read; did you mean 'tool_calls' by 'tool_call'?",
+        ),
+        (CHAT.replace('"b"', '"b", "weight": 0') % '"id": 1', "no assistant message with a `weight` other than 0"),
+        (CHAT.replace('"b"', '"b", "weight": 0.5') % '"id": 1', "the `weight` of a message is 0.5; expected 0 or 1"),
+        (CALL % '[{"name": "f", "arguments": {"n": 18446744073709551616}}]', "1.84467e+19 takes more than 64 bits"),
+        (CHAT % '"chat_template_kwargs": {"n": Infinity}', "line 1: the number inf takes more than 64 bits or is none"),
         (CHAT % '"tools": "get_weather"', "line 1: `tools` is text, but no JSON: Expecting value"),
         (CHAT % '"tools": {"a": 1}', "line 1: `tools` must be a list of tools, not an object"),
         (
@@ -226,9 +236,17 @@ def test_bad_lines_are_told_with_their_number(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
+def test_turns_of_weight_0_are_read_and_not_trained(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    turns += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 1}]
+    (example,) = read_examples(write_rows(tmp_path / "d.jsonl", [{"messages": turns}]))
+    assert [message["content"] for message in example["prompt"]] == ["a", "b", "c"]
+    assert example["completion"][0]["content"] == "d"
+
+
 def test_fields_for_other_tools_may_stand_in_a_line(tmp_path):
     path = tmp_path / "d.jsonl"
-    path.write_text(CHAT % '"tools": [], "tool_names": [], "template": "a", "message_id": 1, "source": "web"')
+    path.write_text(CHAT % '"tools": [], "tool_names": [], "message_id": 1, "source": 18446744073709551616')
     assert [example["line"] for example in read_examples(path)] == [1]
 
 
@@ -332,6 +350,10 @@ def test_packed_training_and_evaluation_run_through(family, tmp_path, capsys):
     assert all(torch.isfinite(torch.tensor(first)))
     assert cli.main(["train", *flags(family, tmp_path / "x", "--packing=true", "--packing_strategy=wrapped")]) == 2
     assert "--packing_strategy wrapped lets examples see each other" in capsys.readouterr().err
+
+
+def test_packed_rows_may_be_padded(family, tmp_path):
+    train(family, tmp_path / "out", "--packing=true", "--pad_to_multiple_of=8", "--max_steps=1")
 
 
 def test_packing_is_refused_for_a_network_that_sees_the_example_before(family, tmp_path):

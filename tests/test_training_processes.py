@@ -203,3 +203,27 @@ def test_two_processes_stop_together_when_they_diverge(family, tmp_path):
     for checkpoint in output.glob("checkpoint-*"):
         assert all(torch.isfinite(tensor).all() for tensor in weights(checkpoint).values())
     assert list(output.glob("checkpoint-*")) and not (output / "config.json").exists()
+
+
+def test_orders_that_would_count_rows_twice_are_refused():
+    from ivl_vllm.training.checks import check_sampling
+
+    def check(processes, strategy, drop_last=False):
+        told = {"world_size": processes, "train_sampling_strategy": strategy, "dataloader_drop_last": drop_last}
+        check_sampling(SimpleNamespace(**told))
+
+    check(1, "sequential")
+    check(2, "random")
+    check(2, "sequential", True)
+    with pytest.raises(ValueError, match="--train_sampling_strategy sequential: 2 processes would be given some rows"):
+        check(2, "sequential")
+
+
+def test_one_process_writes(tmp_path):
+    """transformers from 5.23 on asks every process to save; before that it asks the first alone."""
+    from ivl_vllm.training.saving import SafeSaving
+
+    trainer = SafeSaving.__new__(SafeSaving)
+    trainer.args = SimpleNamespace(should_save=False, output_dir=str(tmp_path / "none"))
+    trainer._save(str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()

@@ -86,6 +86,26 @@ def test_the_best_checkpoint_needs_held_out_data(family, tmp_path, capsys, more,
     assert told in refusal(capsys)
 
 
+@pytest.mark.parametrize(("name", "best"), [("ce", min), ("eval_norm", min), ("mean_token_accuracy", max)])
+def test_the_best_checkpoint_is_that_with_the_least_loss_or_the_most_right_tokens(family, tmp_path, name, best):
+    """transformers would take everything for a score whose name does not end with "loss"."""
+    more = ("--eval_fraction=0.2", "--load_best_model_at_end=true", "--max_steps=8", "--lr=3e-3")
+    trainer = train(family, tmp_path / "value", *TWO_STEPS, *more, f"--metric_for_best_model={name}")
+    found = logged(tmp_path / "value", f"eval_{name.removeprefix('eval_')}")
+    assert len(set(found.values())) > 1
+    step = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert found[step] == best(found.values())
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(family, tmp_path, capsys):
+    output = tmp_path / "value"
+    train(family, output, *TWO_STEPS, "--max_steps=2", "--save_only_model=true")
+    assert cli.main(["train", *flags(family, output, *TWO_STEPS, "--max_steps=4", "--resume=last")]) == 2
+    told = refusal(capsys)
+    assert f"--resume last: {output / 'checkpoint-2'} has weights only (--save_only_model)" in told
+    assert f"start a new run with --init {output / 'checkpoint-2'}" in told
+
+
 def test_another_chat_template_is_another_run(family, tmp_path, capsys):
     output, template = tmp_path / "value", tmp_path / "chat.jinja"
     template.write_text(TEMPLATE.replace("question :", "? :"))

@@ -136,6 +136,10 @@ def test_a_new_run_does_not_mix_with_checkpoints_of_an_earlier_one(family, tmp_p
 
 
 OTHER_RUNS = {
+    "--gradient_accumulation_steps=2": "--batch_size × --gradient_accumulation_steps × processes was 16 and now is 32",
+    "--packing=true": "--packing was False and now is True",
+    "--max_length=48": "--max_length was 64 and now is 48",
+    "--long_examples=drop": "--long_examples was truncate and now is drop",
     "--scheme=cascade+text": "--scheme was residual and now is cascade+text",
     "--lambda=0.5": "--norm_weight (--lambda) was 1.0 and now is 0.5",
     "--norm=l2": "--norm was l1 and now is l2",

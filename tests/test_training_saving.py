@@ -1,11 +1,14 @@
 """What is read back from checkpoints, and a result that replaces an earlier one."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training_tools import STEPS, assert_close_weights, make_family, make_tokenizer, train, weights
 
+from ivl_vllm.training.checks import fp16_note
 from ivl_vllm.training.folders import publish_files
 
 
@@ -81,3 +84,28 @@ def test_a_folder_among_the_files_of_a_result_replaces_the_earlier_one(tmp_path)
         publish_files(stage, target)
     assert [path.name for path in (target / "templates").iterdir()] == ["second.jinja"]
     assert (target / "config.json").read_text() == "second"
+
+
+def test_what_holds_in_training_is_not_what_the_result_says(family, tmp_path):
+    """Training switches the cache off; who loads the result wants it."""
+    train(family, tmp_path / "value", "--max_steps=1")
+    assert json.loads((family / "small" / "config.json").read_text())["use_cache"] is True
+    assert json.loads((tmp_path / "value" / "config.json").read_text())["use_cache"] is True
+
+
+def test_shards_of_an_earlier_result_are_gone(family, tmp_path):
+    output = tmp_path / "value"
+    train(family, output, "--max_steps=1", "--save_strategy=no")
+    stale = [output / "model-00001-of-00002.safetensors", output / "model.safetensors.index.json"]
+    for path in stale:
+        path.write_text("{}")
+    train(family, output, "--max_steps=1", "--save_strategy=no")
+    assert not any(path.exists() for path in stale) and weights(output)
+
+
+def test_a_norm_that_float16_rounds_away_is_told():
+    args = SimpleNamespace(fp16=True)
+    assert fp16_note(args, "l1", 1.0, 152_000) == [] == fp16_note(args, "none", 1e-3, 152_000)
+    assert fp16_note(SimpleNamespace(fp16=False), "l1", 1e-3, 152_000) == []
+    (note,) = fp16_note(args, "l1", 1e-3, 152_000)
+    assert "--lambda 0.001 and 152000 columns" in note and "6.6e-09" in note and "--bf16 true" in note

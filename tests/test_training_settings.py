@@ -229,6 +229,20 @@ def bad_inputs(family, tmp_path):
         f"--eval_data={tmp_path / 'absent'}": f"--eval_data {tmp_path / 'absent'}: no such file; give the path of",
         f"--data={tmp_path}": f"--data {tmp_path} is a folder; expected one file of JSON lines",
         "--max_length=4": "no answer tokens are left",
+        "--max_steps=0": "--max_steps is 0; expected 1 or more, or -1 for what the epochs give",
+        "--dataset_kwargs={}": "--dataset_kwargs {}: not offered, leave it out; demonstrations are prepared in one way",
+        "--dataset_text_field=prompt": "--dataset_text_field prompt: not offered",
+        "--completion_only_loss=false": "--completion_only_loss False: not offered, leave it out; only answers",
+        "--assistant_only_loss=true": "--assistant_only_loss True: not offered, leave it out; only answers",
+        "--eval_on_start=true": "--eval_on_start true: needs held-out data, --eval_data or --eval_fraction",
+        "--eval_fraction=0.2\n--save_strategy=best\n--metric_for_best_model=acc": "--metric_for_best_model is "
+        "acc; expected loss, ce, norm or mean_token_accuracy",
+        "--dataloader_drop_last=true\n--batch_size=999": "rows make no whole batch of 999 (--batch_size × processes)",
+        # transformers finds these when it makes optimizer and scheduler.
+        "--lr_scheduler_type=cosine_with_min_lr": "min_lr",
+        "--optim_args=nonsense": "nothing was trained: not enough values to unpack (expected 2, got 1); look at --optim, "
+        "--optim_args",
+        "--optim=lomo": "lomo",
         "--norm=l3": "l3",
         "--norm_positions=prompt": "prompt",
         "--lambda=-1": "--norm_weight (--lambda) is -1.0; expected a finite number from 0 up",

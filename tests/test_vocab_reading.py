@@ -1,5 +1,7 @@
 """How base tokens are read, what those without a partner get, and what is told of a map."""
 
+import copy
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken
@@ -9,8 +11,9 @@ from vocab_kinds import TEXT, from_words, ids_of, pieces_of, train_bytes
 from ivl_vllm.vocab import INPUTS
 from ivl_vllm.vocab.corpus import read_corpus
 from ivl_vllm.vocab.make import fill_unmapped, make_vocab_map
+from ivl_vllm.vocab.reading import Reader
 from ivl_vllm.vocab.report import describe_map
-from ivl_vllm.vocab.vocabulary import read_vocabulary
+from ivl_vllm.vocab.vocabulary import _find_turn_end, read_vocabulary
 
 
 @pytest.mark.parametrize(("name", "given"), [("method", "guess"), ("input", "first"), ("unmapped", "zero")])
@@ -45,6 +48,35 @@ def test_tokens_are_read_in_the_value_networks_own_pieces(kinds, value, tmp_path
             checked += 1
     assert checked >= 10
     assert not made["mean"].single and made["last"].single and made["nearest"].single
+
+
+def test_numbers_are_cut_by_the_rules_before_the_model(tmp_path):
+    """Digits in threes, as Llama 3 has them, whatever longer numbers were learnt from text."""
+    from tokenizers import Regex, pre_tokenizers
+
+    numbers = ",".join(str(number) for number in range(1000, 1400))
+    base = train_bytes(tmp_path / "base", 700, [numbers] * 3)
+    value = train_bytes(tmp_path / "value", 700, [numbers] * 3)
+    threes = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
+    inner = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    value.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([threes, inner])
+    reader, checked = Reader(read_vocabulary(value)), 0
+    for text in read_vocabulary(base).texts:
+        if text is not None and text.isdigit() and len(text) == 4:
+            assert reader.pieces(text) == value(text.decode(), add_special_tokens=False).input_ids
+            checked += 1
+    assert checked > 50
+
+
+def test_a_template_without_the_answer_tells_no_end_of_a_turn(kinds):
+    """One that takes content as a list begins with a special token, which is no end."""
+    tokenizer = copy.deepcopy(kinds["bytes"])
+    specials = {index: tokenizer.decode([index]) for index in tokenizer.all_special_ids}
+    index, content = next(iter(specials.items()))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + content + "{% endfor %}"
+    assert _find_turn_end(tokenizer, specials) == index
+    tokenizer.chat_template = content + "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
+    assert _find_turn_end(tokenizer, specials) is None
 
 
 def test_only_exact_partners_spare_a_token_its_pieces():

@@ -19,6 +19,7 @@ class Reader:
         self._vocabulary = vocabulary
         backend = getattr(vocabulary.tokenizer, "backend_tokenizer", None)
         self._model = getattr(backend, "model", None) if vocabulary.kind in ("bytes", "pieces") else None
+        self._rules = getattr(backend, "pre_tokenizer", None) if vocabulary.kind == "bytes" else None
         self._normalizer = getattr(backend, "normalizer", None) if vocabulary.kind == "words" else None
 
     @cached_property
@@ -41,7 +42,15 @@ class Reader:
         spelled = spell(text, self._vocabulary.kind) if self._model is not None and text else None
         if spelled is None:
             return None
-        return [token.id for token in self._model.tokenize(spelled)]
+        return [token.id for part in self._cut(text, spelled) for token in self._model.tokenize(part)]
+
+    def _cut(self, text: bytes, spelled: str) -> list[str]:
+        """As the rules cut that come before the model, such as digits in threes; whole where they would add a space."""
+        try:
+            parts = [part for part, _ in self._rules.pre_tokenize_str(text.decode("utf-8"))] if self._rules else []
+        except UnicodeDecodeError:
+            parts = []
+        return parts if "".join(parts) == spelled else [spelled]
 
     def _longest_first(self, text: bytes) -> list[int]:
         by_text, ids, start, lost = self._vocabulary.by_text, [], 0, False
