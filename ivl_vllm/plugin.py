@@ -142,6 +142,12 @@ def _resolve(args: EngineArgs) -> dict[str, Any]:
     # Named twice, it would add the value logits twice.
     first, others = list(map(_is_ours, processors)).index(True), [p for p in processors if not _is_ours(p)]
     resolved = [*others[:first], PROCESSOR, *others[first:]]
+    for key in additional if ALIAS not in additional else ():
+        if key == "value_model" or str(key).lower() == ALIAS:
+            raise ValueError(
+                f"ivl: additional_config has {key!r} = {additional[key]!r}, which nobody reads: put the settings under "
+                '"ivl", as in {"ivl": {"value_model": "FOLDER"}}'
+            )
     settings = parse_settings(additional.get(ALIAS))
     additional[ALIAS] = settings.to_dict()
     additional[ENGINE_KEY] = {

@@ -18,6 +18,8 @@ from ivl_vllm.tokenizer import HUB_ID
 
 _VALUE_FIELDS = ("model", "minus", "vocab_map")
 _FIELDS = ("value_model", "values", "default_weight", "max_weight", "skip_unsteered", "trace_file")
+# Words of requests that no value may be named by.
+_WORDS = ("auto", "max_kl", "trace", "true", "false")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 
@@ -158,13 +160,10 @@ def parse_settings(config: Mapping[str, Any] | None, environ: Mapping[str, str] 
 def _trace_file(path: Any) -> str | None:
     if path is None:
         return None
-    if (
-        not isinstance(path, str)
-        or not path
-        or not os.path.isdir(os.path.dirname(os.path.abspath(path)))
-        or os.path.isdir(path)
-    ):
+    if not isinstance(path, str) or not path or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ValueError(f"ivl: trace_file is {path!r}: give the path of a file in a folder that exists")
+    if os.path.isdir(path):
+        raise ValueError(f"ivl: trace_file is {path!r}, which is a folder: give the path of a file in it")
     return os.path.abspath(path)
 
 
@@ -191,6 +190,8 @@ def _parse_value(name: Any, spec: Any, where: str) -> Value:
     setting = where if where != "values" else f"values[{name!r}]"
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"ivl: {name!r} is no name for a value: use letters, digits, '_', '.', '-', a letter first")
+    if name in _WORDS:
+        raise ValueError(f"ivl: a value cannot be named {name!r}, which means something else in requests: rename it")
     if not isinstance(spec, Mapping):
         raise ValueError(f'ivl: {setting} is {spec!r}: use an object such as {{"model": "FOLDER"}}')
     _refuse_unknown(spec, _VALUE_FIELDS, setting)

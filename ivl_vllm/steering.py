@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 _AUTO = "auto"
 _OPTIONS = ("max_kl", "trace")
 _TRACE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_EXAMPLES = 'send a number (1.0), true, false, or a string like "math=1.0,code=0.5", "auto" or "1.0;max_kl=2.0"'
+_EXAMPLES = (
+    'send a number (1.0), true or false without quotes, or a string like "math=1.0,code=0.5", "auto" or '
+    '"1.0;max_kl=2.0"'
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def parse_steering(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
             raise ValueError(f"ivl: {asked!r} has a max_kl, but auto finds its own weight: ask for one of the two")
         return Steering(auto=_auto_names(settings, body, asked), trace=trace)
     number = _number(body)
-    weights = _checked(settings, _pairs(body, asked) if number is None else {_first(settings): number})
+    weights = _checked(settings, _pairs(settings, body, asked) if number is None else {_first(settings): number})
     return Steering(weights, max_kl=max_kl if weights else None, trace=trace)  # nothing is found for no weights
 
 
@@ -170,7 +173,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _pairs(text: str, asked: str) -> dict[str, float]:
+def _pairs(settings: Settings, text: str, asked: str) -> dict[str, float]:
     """`"math=1.0,code=-0.5"` -> `{"math": 1.0, "code": -0.5}`."""
     pairs: dict[str, float] = {}
     for part in text.split(","):
@@ -178,6 +181,10 @@ def _pairs(text: str, asked: str) -> dict[str, float]:
         weight = _number(number)
         if not equals or weight is None:
             what = "" if part == asked else f" of {asked!r}"
+            if part.strip() in settings.values:
+                raise ValueError(f"ivl: {part.strip()!r}{what} has no weight: write {part.strip()}=1.0")
+            if _number(part) is not None:
+                raise ValueError(f"ivl: {part.strip()!r}{what} has no name: among several write NAME={part.strip()}")
             raise ValueError(f"ivl: {part.strip()!r}{what} is not a weight: {_EXAMPLES}")
         if name in pairs:
             raise ValueError(f"ivl: {name!r} is given twice in {asked!r}: name each value once")

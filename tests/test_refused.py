@@ -155,40 +155,6 @@ def test_diffusion_models_are_refused(models):
         check_decoder_only(SimpleNamespace(is_encoder_decoder=False, is_diffusion=True), "the base model BASE")
 
 
-def test_gemma_3n_folders_are_refused():
-    from ivl_vllm.serving.network_checks import _check_model
-
-    value = SimpleNamespace(
-        runner_type="generate",
-        is_encoder_decoder=False,
-        supports_multimodal_inputs=False,
-        architectures=["Gemma3nForConditionalGeneration"],
-    )
-    with pytest.raises(ValueError, match="'VALUE' is a Gemma 3n.*takes no token ids"):
-        _check_model(TRANSFORMER, value, SimpleNamespace(model="VALUE"), "residual")
-
-
-def test_networks_that_read_more_than_their_tokens_are_refused():
-    from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
-    from vllm.model_executor.models.longcat_flash_ngram import LongcatFlashNgramForCausalLM
-
-    from ivl_vllm.serving.network_checks import check_inputs
-
-    def check(kind, vocab_map=None, reads_ids=True, **text):
-        check_inputs(kind, SimpleNamespace(hf_text_config=SimpleNamespace(**text)), source(vocab_map), reads_ids)
-
-    def source(vocab_map):
-        return SimpleNamespace(model="VALUE", vocab_map=vocab_map)
-
-    check(LongcatFlashNgramForCausalLM, ple_layer_ids=[])
-    with pytest.raises(ValueError, match=r"'VALUE' \(LongcatFlashNgramForCausalLM\) reads inputs .* base alone"):
-        check(LongcatFlashNgramForCausalLM)
-    check(Gemma4ForCausalLM, "map", hidden_size_per_layer_input=256)
-    check(Gemma4ForCausalLM, "map", reads_ids=False, hidden_size_per_layer_input=0)
-    with pytest.raises(ValueError, match="embeddings of each token for every layer.*'map'.*--input last"):
-        check(Gemma4ForCausalLM, "map", reads_ids=False, hidden_size_per_layer_input=256)
-
-
 def test_the_executor_that_passes_the_worker_by_is_refused(models, monkeypatch):
     from vllm import envs
 

@@ -57,6 +57,14 @@ def test_bases_that_are_streamed_past_loaders_are_refused(models, engine, said):
         EngineArgs(**arguments).create_engine_config()
 
 
+@pytest.mark.parametrize("key", ["value_model", "IVL"])
+def test_settings_in_the_wrong_place_are_told(models, key):
+    """Nothing else would be said than that there are none."""
+    arguments = {"logits_processors": ["ivl"], "additional_config": {key: str(models["value"])}}
+    with pytest.raises(ValueError, match=f"additional_config has '{key}' = .*which nobody reads: put the settings"):
+        create(models["base"], **arguments)
+
+
 def test_the_users_arguments_are_left_as_they_were(models):
     from vllm.engine.arg_utils import EngineArgs
 

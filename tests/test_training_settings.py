@@ -240,8 +240,8 @@ def bad_inputs(family, tmp_path):
         "--dataloader_drop_last=true\n--batch_size=999": "rows make no whole batch of 999 (--batch_size × processes)",
         # transformers finds these when it makes optimizer and scheduler.
         "--lr_scheduler_type=cosine_with_min_lr": "min_lr",
-        "--optim_args=nonsense": "nothing was trained: not enough values to unpack (expected 2, got 1); look at --optim, "
-        "--optim_args",
+        "--optim_args=nonsense": "nothing was trained: not enough values to unpack (expected 2, got 1); look at "
+        "--optim, --optim_args",
         "--optim=lomo": "lomo",
         "--norm=l3": "l3",
         "--norm_positions=prompt": "prompt",

@@ -12,6 +12,11 @@ from typing import Any
 
 from ivl_vllm.settings import Settings
 
+# Marks a request that may come back with other weights (a session with streamed input): it always needs all networks.
+ALL_NETWORKS = "ivl_all_networks"
+# What a traced request is called in the trace, however often the batch takes it in again after a preemption.
+TRACE_ID = "ivl_trace_id"
+MARKS = (ALL_NETWORKS, TRACE_ID)
 # Newest last, each with the configuration whose life it shares.
 _engines: list[tuple[Settings, weakref.ref]] = []
 
@@ -29,8 +34,11 @@ def check_request(extra_args: Mapping[str, Any] | None) -> None:
     """Refuses a request that no engine of this process takes.
 
     Raises:
-        ValueError: the newest engine's reason.
+        ValueError: the newest engine's reason; or a key that is meant to be `ivl` and is not.
     """
+    for key in extra_args or () if _engines else ():
+        if key != "ivl" and key not in MARKS and str(key).lower().startswith("ivl"):
+            raise ValueError(f"ivl: {key!r} is not read: what a request asks for stands under 'ivl', in small letters")
     refusal = None
     for settings, vllm_config in reversed(_engines):
         if refusal and vllm_config() is None:

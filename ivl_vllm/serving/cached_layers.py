@@ -120,6 +120,27 @@ def _use_own_page(layer: MambaBase) -> None:
     layer.get_kv_cache_spec = get_kv_cache_spec
 
 
+def check_head_sizes(layers: Iterable[nn.Module], network: str) -> None:
+    """Refuses heads that the attention kernels cannot take, which on a CPU vLLM finds in the first step only.
+
+    Args:
+        layers: of the network.
+        network: its folder or hub id.
+
+    Raises:
+        ValueError: names the size and those that there are.
+    """
+    for layer in layers:
+        size = getattr(layer, "head_size", None)
+        if size is None or not hasattr(layer, "attn_backend") or layer.attn_backend.supports_head_size(size):
+            continue
+        known = ", ".join(map(str, layer.attn_backend.get_supported_head_sizes()))
+        raise ValueError(
+            f"ivl: the value network {network!r} has heads of size {size}, and the attention backend "
+            f"{layer.attn_backend.get_name()} takes {known}: use another value network, or another --attention-backend"
+        )
+
+
 def check_states(base: Iterable[nn.Module], own: Iterable[nn.Module], config: VllmConfig, network: str) -> None:
     """Refuses a network whose states vLLM could not copy, which it does where cached prefixes end.
 

@@ -22,16 +22,23 @@ from vllm.model_executor.offloader import NoopOffloader, get_offloader, set_offl
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
 from ivl_vllm.plugin import ENGINE_KEY
-from ivl_vllm.serving.cached_layers import check_states, keep_whole_context, use_own_config
+from ivl_vllm.serving.cached_layers import check_head_sizes, check_states, keep_whole_context, use_own_config
 from ivl_vllm.serving.checks import READING_DRAFTERS, engine_settings
 from ivl_vllm.serving.joined_model import join
 from ivl_vllm.serving.network import Network, StableInput
-from ivl_vllm.serving.network_checks import check_inputs, is_multimodal, network_config, network_scheme, reads_token_ids
+from ivl_vllm.serving.network_checks import (
+    check_inputs,
+    is_multimodal,
+    network_config,
+    network_scheme,
+    reads_token_ids,
+    warn_of_broken_weights,
+)
 from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
 from ivl_vllm.serving.solved_weights import warm_up_solvers
 from ivl_vllm.serving.stages import built_on_one_stage
 from ivl_vllm.serving.steps import Steps, watch_steps
-from ivl_vllm.settings import NetworkSource
+from ivl_vllm.settings import NetworkSource, Value
 from ivl_vllm.vocab.vocab_map import VocabMap
 
 # vLLM shows what is logged under its own name and nothing else.
@@ -67,7 +74,7 @@ class IVLModelLoader(BaseModelLoader):
         if model_config.runner_type == "draft":
             return base
         settings = engine_settings(vllm_config)
-        told = "; ".join(f"{name}: {value.model}" for name, value in settings.values.items())
+        told = "; ".join(f"{name}: {_told(value)}" for name, value in settings.values.items())
         logger.info(
             "ivl: values %s; default_weight %g, max_weight %g, traces %s",
             told,
@@ -106,6 +113,12 @@ class IVLModelLoader(BaseModelLoader):
 
     def _base_load_config(self, load_format: str) -> LoadConfig:
         return replace(self.load_config, load_format=load_format)
+
+
+def _told(value: Value) -> str:
+    parts = [value.model, f"({network_scheme(value.model)})"]
+    parts += [f"minus {value.minus}"] if value.minus else []
+    return " ".join(parts + ([f"through {value.vocab_map}"] if value.vocab_map else []))
 
 
 def own_cache_dtype(asked: str, base: torch.dtype, own: torch.dtype) -> str:
@@ -193,7 +206,9 @@ def _load_network(
         saved = share_equal_weights(model, [other.model for other in others])
         if saved:
             logger.info("ivl: value network %s: %.1f MiB are shared with others", source.model, saved / 2**20)
+        warn_of_broken_weights(model, source.model)
     own = [layer for name, layer in layers.items() if name not in before]
+    check_head_sizes(own, source.model)
     check_states([layers[name] for name in before], own, vllm_config, source.model)
     use_own_config(own, config, vllm_config, prefix)
     return Network(

@@ -9,15 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.settings import NetworkSource
+from ivl_vllm.training.files import read_header
 from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
 from ivl_vllm.vocab.vocab_map import VocabMap
 
 if TYPE_CHECKING:
+    from torch import nn
     from vllm.config import ModelConfig, VllmConfig
 
 # vLLM shows what is logged under its own name and nothing else.
@@ -252,10 +255,30 @@ def _check_parallel(vllm_config: VllmConfig, value: ModelConfig, network: str) -
 
 
 def _check_weights(network: str) -> None:
-    if os.path.isdir(network) and not any(name.endswith(".safetensors") for name in os.listdir(network)):
+    files = sorted(Path(network).glob("*.safetensors"))
+    if os.path.isdir(network) and not files:
         raise ValueError(
             f"ivl: the value network {network!r} has no *.safetensors file: save it with safetensors, the only format "
             "that is loaded"
+        )
+    for file in files:
+        try:
+            read_header(file)
+        except ValueError as error:
+            raise ValueError(f"ivl: the value network {network!r} cannot be used: {error}") from error
+
+
+def warn_of_broken_weights(model: nn.Module, network: str) -> None:
+    """Logs weights that are not finite: their logits would not be either, and columns without a finite one stay."""
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    broken = [name for name, p in model.named_parameters() if p.dtype in kinds and not p.isfinite().all()]
+    if broken:
+        logger.warning(
+            "ivl: value network %s: %d of its weights hold NaN or infinity, such as %s: what it adds may be nothing, "
+            "and requests that ask for it run unsteered without an error",
+            network,
+            len(broken),
+            broken[0],
         )
 
 

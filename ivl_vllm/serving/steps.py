@@ -20,6 +20,7 @@ import torch
 from vllm.config.compilation import CompilationMode
 
 from ivl_vllm.plugin import ENGINE_KEY
+from ivl_vllm.serving.admission import ALL_NETWORKS, MARKS, TRACE_ID
 from ivl_vllm.serving.graphs import choose_graphs
 from ivl_vllm.serving.value_rows import ValueRows
 from ivl_vllm.settings import Settings, parse_settings
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
-
-# Marks a request that may come back with other weights (a session with streamed input): it always needs all networks.
-ALL_NETWORKS = "ivl_all_networks"
-# What a traced request is called in the trace, however often the batch takes it in again after a preemption.
-TRACE_ID = "ivl_trace_id"
 
 
 def needed_networks(settings: Settings, params: SamplingParams | None) -> frozenset[int]:
@@ -78,7 +74,7 @@ def _mark(steps: Steps, request: Any) -> None:
     params = request.sampling_params
     given = dict((params.extra_args if params is not None else None) or {})
     # Marks are not the client's to set.
-    extra_args = {name: value for name, value in given.items() if name not in (ALL_NETWORKS, TRACE_ID)}
+    extra_args = {name: value for name, value in given.items() if name not in MARKS}
     if steps.skip and request.resumable:
         extra_args[ALL_NETWORKS] = True
     if steps.settings.trace_file and _wants_trace(steps.settings, params):
