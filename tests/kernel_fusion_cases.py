@@ -299,6 +299,28 @@ class FusionCases:
         torch.testing.assert_close(found[:, 0] / found[:, 1], own[0] / own[1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(swapped.flip(1), found, rtol=1e-3, atol=1e-3)
 
+    def test_experts_share_a_limit_that_one_of_them_alone_would_exceed(self):
+        """Neither of two equal experts may go further than three quarters of the way, and half is enough."""
+        base, expert, anti = rows_of("normal")
+        alone = ivl_kernels.fusion_weights(base, expert, anti, max_weight=100.0, backend=self.backend).weights
+        found = ivl_kernels.joint_fusion_weights(
+            base, [expert] * 2, [anti] * 2, max_weight=0.75 * alone, backend=self.backend
+        )
+        assert (alone > 0).all()
+        torch.testing.assert_close(found.weights, (alone / 2)[:, None].expand(-1, 2), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.divergence, found.target, rtol=1e-3, atol=1e-6)
+
+    def test_differences_of_several_experts_count_as_1000_at_most(self):
+        base, expert, anti = rows_of("normal")
+        experts = [
+            torch.where(torch.arange(expert.shape[1], device=device()) == 3, anti + d, expert) for d in (1e6, 1e3)
+        ]
+        huge, largest = (
+            ivl_kernels.joint_fusion_weights(base, [e, expert], [anti] * 2, max_weight=4.0, backend=self.backend)
+            for e in experts
+        )
+        torch.testing.assert_close(huge.weights, largest.weights, rtol=1e-3, atol=1e-4)
+
     def test_experts_whose_sum_is_larger_than_any_difference_may_be(self):
         base, first, second = torch.tensor([[[0.0, -10, -10]], [[-2.0, 0, -10]], [[-10.0, -5, 0]]], device=device())
         changes = torch.tensor([[[0.0, 0, 120]], [[0.0, -1, 2]]], device=device())

@@ -140,8 +140,13 @@ def test_one_folder_is_one_network_whatever_way_it_is_named(tmp_path, monkeypatc
     assert hub.networks == (NetworkSource("gpt2"), NetworkSource("some/model"))
 
 
-def test_equal_matrices_share_memory_and_others_do_not():
+@pytest.mark.parametrize("place", [(0, 0), (7, 7)])
+def test_equal_matrices_share_memory_and_others_do_not(monkeypatch, place):
+    """Compared in pieces, of which the first or the last may be the one that differs."""
+    from ivl_vllm.serving import shared_weights
     from ivl_vllm.serving.shared_weights import share_equal_weights
+
+    monkeypatch.setattr(shared_weights, "CHUNK", 16)
 
     def make(seed):
         torch.manual_seed(seed)
@@ -149,7 +154,7 @@ def test_equal_matrices_share_memory_and_others_do_not():
 
     other, model = make(0), make(0)
     with torch.no_grad():
-        model[1].weight[0, 0] += 1
+        model[1].weight[place] += 1
     saved = share_equal_weights(model, [other])
     assert saved == 4 * (8 * 8 + 6 * 8)
     assert model[0].weight.data_ptr() == other[0].weight.data_ptr()

@@ -5,7 +5,7 @@ import random
 import pytest
 from vocab_kinds import from_words, ids_of
 
-from ivl_vllm.vocab import METHODS
+from ivl_vllm.vocab import METHODS, matching
 from ivl_vllm.vocab.make import make_vocab_map
 from ivl_vllm.vocab.vocabulary import read_vocabulary
 
@@ -87,7 +87,10 @@ def plain_nearest(word, candidates):
     return min(found)[-1] if found else -1
 
 
-def test_nearest_is_the_rule_for_every_pair():
+@pytest.mark.parametrize("chunk", [1 << 24, 1, 2000])
+def test_nearest_is_the_rule_for_every_pair(monkeypatch, chunk):
+    """However many words are compared at a time."""
+    monkeypatch.setattr(matching, "_CHUNK", chunk)
     draw = random.Random(0)
 
     def word():

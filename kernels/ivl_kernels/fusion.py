@@ -65,7 +65,8 @@ def fusion_weights(
         base_logits: `[rows, V_base]` float32, bfloat16 or float16, columns adjacent. Read only.
         expert_logits: `[n, V_value]` of such a dtype, columns adjacent.
         anti_logits: The small base's logits, shape and dtype of `expert_logits`.
-        max_weight: Largest weight; a number, or `[n]` float32. The paper searches up to 2.
+        max_weight: Largest weight; a number, or `[n]` float32. The paper searches up to 2. A tensor's entries are not
+            looked at, which would wait for the device: they have to be finite and at least 0.
         row_index: `[n]` int32 or int64, the row of `base_logits` for each value row. None: row i.
         vocab_map: `[V_base]` int32 or int64, value column for each base column, -1: none, `d` is 0 there. None: the
             identity over the first `min(V_base, V_value)` columns.
@@ -75,7 +76,7 @@ def fusion_weights(
         `weights`, `divergence` (reached) and `target`, each `[n]` float32.
 
     Raises:
-        ValueError: Shapes, dtypes, strides or devices that do not fit; a `max_weight` that is negative or not finite.
+        ValueError: Shapes, dtypes, strides or devices that do not fit; a number as `max_weight` that is negative or not finite.
     """
     limits = _limits(max_weight, expert_logits)
     _check(base_logits, expert_logits, anti_logits, limits, row_index, vocab_map)
@@ -103,7 +104,7 @@ def trust_region_weights(
     Args:
         base_logits: `[rows, V_base]` float32, bfloat16 or float16, columns adjacent. Read only.
         value_logits: `[n, V_value]` of such a dtype, columns adjacent.
-        weights: `[n]` float32, the weights that were asked for.
+        weights: `[n]` float32, the weights that were asked for; a row whose weight is not finite is skipped.
         max_kl: The divergence allowed, in nats; a number, or `[n]` float32.
         minus_logits: Shape and dtype of `value_logits`, or None.
         row_index: As for `fusion_weights`.
