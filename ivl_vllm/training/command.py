@@ -77,7 +77,9 @@ class TrainingRun:
             raise
         if self.trainer.is_world_process_zero():
             command = serve_command("BASE", self.output.resolve(), self.takes)
-            print(f"saved {self.output}\nserve: {command}", flush=True)
+            positions = getattr(self.trainer.model.config.get_text_config(), "max_position_embeddings", None)
+            more = f"\n(a BASE with more positions: --max-model-len {positions})" if positions else ""
+            print(f"saved {self.output}\nserve: {command}{more}", flush=True)
         return self.output
 
 

@@ -76,7 +76,8 @@ def fusion_weights(
         `weights`, `divergence` (reached) and `target`, each `[n]` float32.
 
     Raises:
-        ValueError: Shapes, dtypes, strides or devices that do not fit; a number as `max_weight` that is negative or not finite.
+        ValueError: Shapes, dtypes, strides or devices that do not fit; a number as `max_weight` that is negative or not
+            finite.
     """
     limits = _limits(max_weight, expert_logits)
     _check(base_logits, expert_logits, anti_logits, limits, row_index, vocab_map)
