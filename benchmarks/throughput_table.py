@@ -251,10 +251,9 @@ def draw_cases(sections: dict, output: Path) -> None:
 
 def draw_curves(section: dict, output: Path) -> None:
     """One panel for each thing that was varied: measured cost over base alone, and its bound."""
-    figure, axes = plt.subplots(
-        1, len(section["curves"]), figsize=(5 * len(section["curves"]), 4), layout="constrained"
-    )
-    for panel, (name, points) in zip(axes, section["curves"].items(), strict=True):
+    count = len(section["curves"])
+    figure, axes = plt.subplots(1, count, figsize=(5 * count, 4), layout="constrained", squeeze=False)
+    for panel, (name, points) in zip(axes[0], section["curves"].items(), strict=True):
         places = range(len(points))
         panel.plot(places, [point["cost"] for point in points], "o-", label="measured")
         low, high = ([point["cost_spread"][end] for point in points] for end in (0, 1))

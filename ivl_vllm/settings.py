@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
 
+from ivl_vllm.hub import HUB_ID
 from ivl_vllm.steering import Steering, finite, parse_steering
-from ivl_vllm.tokenizer import HUB_ID
 
 _VALUE_FIELDS = ("model", "minus", "vocab_map")
 _FIELDS = ("value_model", "values", "default_weight", "max_weight", "skip_unsteered", "trace_file")

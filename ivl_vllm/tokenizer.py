@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ivl_vllm.hub import ask_hub, find_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-def find_folder(name: str | Path) -> Path | None:
-    """The folder `name`, with `~` expanded; None for what can only be an id on the hub.
-
-    Raises:
-        ValueError: It can be neither.
-    """
-    path = Path(os.path.expanduser(name))  # which leaves unknown users as they are
-    if str(name) and path.is_dir():
-        return path
-    if not HUB_ID.fullmatch(str(name)):
-        raise ValueError("no such folder; give the folder of a model, or its id on the hub")
-    return None
 
 
 def read_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -34,6 +18,8 @@ def read_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
         ValueError: There is no such folder, no tokenizer in it, or none that can be read; says why in one line.
     """
     folder = find_folder(name)
+    if folder is None:
+        ask_hub(str(name))
     from transformers import AutoTokenizer
     from transformers.models.auto import tokenization_auto
 

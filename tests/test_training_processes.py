@@ -14,15 +14,19 @@ from training_tools import (
     flags,
     logged,
     make_family,
+    make_tokenizer,
     run_process,
     train,
     uneven_rows,
     weights,
     write_rows,
 )
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from ivl_vllm import cli
 from ivl_vllm.training.ivl_config import IVLConfig
+
+LINEAR = [*(f"self_attn.{kind}_proj" for kind in "qkvo"), *(f"mlp.{kind}_proj" for kind in ("gate", "up", "down"))]
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +194,32 @@ def test_two_processes_train_a_cascade_as_one_does(family, tmp_path, how):
     done = run_process(family, tmp_path / "two", *common, "--batch_size=8", "--use_cpu=true", *more, start=start)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_train_what_text_passes_through_of_a_network_that_sees(family, tmp_path):
+    """DDP with gradient checkpointing ends at weights without gradients."""
+    seen = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    read = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    read |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32, "max_position_embeddings": 64}
+    tokens = {"image_token_index": 31, "boi_token_index": 30, "eoi_token_index": 29, "mm_tokens_per_image": 4}
+    see = Gemma3Config(text_config=read, vision_config={**seen, "image_size": 56, "patch_size": 14}, **tokens)
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(see).save_pretrained(tmp_path / "sees")
+    make_tokenizer().save_pretrained(tmp_path / "sees")
+    common = (*SGD, f"--init={tmp_path / 'sees'}", "--gradient_checkpointing=true", "--use_cpu=true")
+    train(family, tmp_path / "one", *common, "--batch_size=16")
+    train(family, tmp_path / "adapted", *common, "--batch_size=16", "--lora_rank=2")
+    done = run_process(family, tmp_path / "two", *common, "--batch_size=8", start=(*TWO, "-m", "ivl_vllm.cli"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, one = weights(tmp_path / "sees"), weights(tmp_path / "one")
+    assert_close_weights(one, weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
+    for after in (one, weights(tmp_path / "adapted")):
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed and not any("vision" in name or "multi_modal" in name for name in changed)
+    # With an adapter: all linear layers of the text, and they alone.
+    linear = {f"{name}.weight" for name in LINEAR}
+    assert {name.split(".layers.")[1][2:] for name in changed} == linear
+    assert len(changed) == 2 * len(linear)
 
 
 def test_two_processes_stop_together_when_they_diverge(family, tmp_path):

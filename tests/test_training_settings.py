@@ -15,6 +15,7 @@ from training_tools import (
 )
 
 from ivl_vllm import cli
+from ivl_vllm.tokenizer import read_tokenizer
 from ivl_vllm.training.ivl_config import IVLConfig
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
@@ -134,10 +135,16 @@ def test_a_name_that_is_neither_folder_nor_on_the_hub_is_told_at_once(family, tm
 
 
 @pytest.mark.parametrize(
-    ("status", "message"),
-    [(404, "no model of that name on the hub"), (403, "the hub refuses it"), (200, None), (503, None)],
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "no model of that name on the hub"),
+        (404, "EntryNotFound", None),
+        (403, None, "the hub refuses it"),
+        (200, None, None),
+        (503, None, None),
+    ],
 )
-def test_what_the_hub_says_to_a_name(monkeypatch, status, message):
+def test_what_the_hub_says_to_a_name(monkeypatch, status, code, message):
     import http.server
     import threading
 
@@ -148,8 +155,8 @@ def test_what_the_hub_says_to_a_name(monkeypatch, status, message):
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response(status)
-            if status == 404:
-                self.send_header("X-Error-Code", "RepoNotFound")
+            if code:
+                self.send_header("X-Error-Code", code)
             self.send_header("ETag", "x")
             self.send_header("X-Repo-Commit", "0" * 40)
             self.end_headers()
@@ -166,6 +173,8 @@ def test_what_the_hub_says_to_a_name(monkeypatch, status, message):
         else:
             with pytest.raises(ValueError, match=f"--base some/model: no such folder, and {message}"):
                 locate_model("some/model", "--base")
+            with pytest.raises(ValueError, match=f"^no such folder, and {message}"):
+                read_tokenizer("some/model")
         server.shutdown()
 
 

@@ -23,11 +23,10 @@ from ivl_vllm.training.folders import check_writable, new_file_mode
 from ivl_vllm.training.frozen_bases import FrozenBases
 
 META_NAME = "base_cache.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SHARD_BYTES = 256 * 2**20
 # What a configuration says that changes no hidden state.
 _NOT_THE_MODELS = re.compile("name_or_path|transformers_version|architectures|use_cache|_token_id|initializer|dropout")
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class BaseCache:
@@ -177,18 +176,22 @@ def split_examples(inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> list[
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of a model's settings, its layout, and the head and the sum of each tensor's numbers, taken as integers.
+    """A hash of a model's settings, its layout, and of each tensor the first bytes and the sum of its 64-bit words.
 
     Another model differs, and so does one of which a single number was trained on.
     """
     settings = {name: x for name, x in model.config.to_diff_dict().items() if not _NOT_THE_MODELS.search(name)}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
-        bits = tensor.detach().contiguous().view(_INTEGERS.get(tensor.element_size(), torch.uint8)).flatten()
-        # In pieces: the sum's int64 would be four times a tensor in half precision.
-        total = sum(int(piece.sum(dtype=torch.int64)) for piece in bits.split(2**22))
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        if data.storage_offset() % 8:  # a slice of something larger
+            data = data.clone()
+        rest = len(data) % 8
+        # Words of 64 bits: ten times as fast as the numbers one by one, and what overflows is of no matter.
+        total = int(data[: len(data) - rest].view(torch.int64).sum())
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
-        digest.update(bits[:64].cpu().numpy().tobytes())
+        for part in (data[:256], data[len(data) - rest :]):
+            digest.update(part.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

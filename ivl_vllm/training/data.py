@@ -13,6 +13,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivl_vllm.training.progress import long_bar
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -54,7 +56,7 @@ def read_examples(path: str | Path, flag: str = "") -> list[Example]:
     except OSError as error:
         raise ValueError(f"{where}: it cannot be read: {error.strerror or error}") from error
     examples: list[Example] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(long_bar(lines, f"reading {path.name}", "lines"), 1):
         if line.strip():
             examples.extend(_parse_line(line, f"{path}, line {number}", number))
             if examples[-1]["plain"] != examples[0]["plain"]:

@@ -11,7 +11,7 @@ _WRAPPER = "base_model.model."
 
 
 def add_lora(model: "PreTrainedModel", rank: int, seed: int) -> Any:
-    """Put a trainable adapter on every linear layer but the output layer, and freeze the rest.
+    """Put an adapter on every linear layer that is to be trained but the output layer, and freeze the rest.
 
     Args:
         model: The value network, in fp32.
@@ -31,7 +31,15 @@ def add_lora(model: "PreTrainedModel", rank: int, seed: int) -> Any:
     from transformers import set_seed
 
     set_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    weights = {name: getattr(layer, "weight", None) for name, layer in model.named_modules()}
+    frozen = [name for name, weight in weights.items() if isinstance(weight, torch.Tensor) and not weight.requires_grad]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        exclude_modules=frozen or None,
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(model, config)
 
 

@@ -16,7 +16,8 @@ from transformers import (
     set_seed,
 )
 
-from ivl_vllm.tokenizer import HUB_ID, find_folder, read_tokenizer_of
+from ivl_vllm.hub import HUB_ID, ask_hub, find_folder, first_line
+from ivl_vllm.tokenizer import read_tokenizer_of
 from ivl_vllm.vocab.fingerprint import vocabulary_fingerprint
 
 
@@ -42,37 +43,11 @@ def locate_model(name: str, flag: str) -> str:
             hint = " (a LoRA adapter: merge it first)" if (path / "adapter_config.json").is_file() else ""
             raise ValueError(f"{flag} {name}: the folder has no config.json, so it is no model{hint}")
         return str(path.resolve())
-    _ask_hub(name, flag)
-    return name
-
-
-def _ask_hub(name: str, flag: str) -> None:
-    """Look for a model on the hub once; the loaders would retry for a minute where there is no network."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
-
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"))
-        return
-    except EntryNotFoundError:
-        reason = "the model of that name on the hub has no config.json"
-    except RepositoryNotFoundError:
-        reason = "no model of that name on the hub, or one that needs a login (hf auth login)"
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status is None or status == 429 or status >= 500:
-            return  # in passing, it seems: the loaders retry
-        reason = f"the hub refuses it: {_first_line(error)}"
-    # The errors of the connection itself depend on the client's version, and are not OSError in all.
-    except Exception as error:
-        reason = f"the hub ({constants.ENDPOINT}) cannot be asked for it: {_first_line(error)}"
-    raise ValueError(f"{flag} {name}: no such folder, and {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        ask_hub(name)
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: {error}") from error
+    return name
 
 
 def _load(loader: Any, name: str, flag: str, **kwargs: Any) -> Any:
@@ -80,7 +55,7 @@ def _load(loader: Any, name: str, flag: str, **kwargs: Any) -> Any:
         return loader.from_pretrained(name, **kwargs)
     # The second for an attention that is not installed, the third for a file that is cut short, or a pointer to one.
     except (OSError, ImportError, SafetensorError) as error:
-        raise ValueError(f"{flag} {name}: cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{flag} {name}: cannot be loaded: {first_line(error)}") from error
     except ValueError as error:
         if not str(error).startswith("Unrecognized configuration class"):
             raise
@@ -203,7 +178,21 @@ def load_value(
     _mend_generation_config(model)
     if zero_output_layer:
         _zero_output_layer(model, f"{flag} {name}")
-    return model.requires_grad_(True), stored
+    return _train_text(model), stored
+
+
+def _train_text(model: PreTrainedModel) -> PreTrainedModel:
+    """Let all be trained but the other senses of a multimodal model, which text never reaches.
+
+    DDP with gradient checkpointing ends at a weight that is to be trained and gets no gradient.
+    """
+    model.requires_grad_(True)
+    if model.config.get_text_config() is not model.config:
+        model.requires_grad_(False)
+        for part in (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()):
+            if part is not None:
+                part.requires_grad_(True)
+    return model
 
 
 def build_value(
@@ -243,11 +232,11 @@ def build_value(
         attention = {name: value for name, value in options.items() if name == "attn_implementation"}
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"--init_config {path}: no causal LM can be built from it: {_first_line(error)}") from error
+        raise ValueError(f"--init_config {path}: no causal LM can be built from it: {first_line(error)}") from error
     if zero_output_layer:
         _zero_output_layer(model, f"--init_config {path}")
     stored = content.get("dtype", content.get("torch_dtype")) or "float32"
-    return model, getattr(torch, str(stored), torch.float32)
+    return _train_text(model), getattr(torch, str(stored), torch.float32)
 
 
 def _mend_generation_config(model: PreTrainedModel) -> None:

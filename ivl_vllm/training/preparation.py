@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from ivl_vllm.training.objective import IGNORED
+from ivl_vllm.training.progress import long_bar
 
 # What is read of a row that has been tokenised.
 _KEPT = ("input_ids", "labels", "line", "completion_mask", "seq_lengths")
@@ -49,7 +50,7 @@ class Limits:
             ValueError: An id beyond the vocabulary, an example without answer tokens, or no example left.
         """
         kept, cut, dropped, first = [], 0, 0, None
-        for index, row in enumerate(dataset):
+        for index, row in enumerate(long_bar(dataset, f"checking {flag}", "examples")):
             where = f"{flag}, line {row['line']}" if "line" in row else flag
             ids, labels = row["input_ids"], row["labels"]
             if max(ids, default=-1) >= self.vocab_size:

@@ -1,7 +1,10 @@
 """The trainer's progress bar, with one readable line per log instead of a printed dictionary."""
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
+from tqdm import tqdm
 from transformers import (
     ProgressCallback,
     Trainer,
@@ -21,6 +24,12 @@ SHOWN = {
     "learning_rate": "lr",
     "epoch": "epoch",
 }
+
+
+def long_bar(rows: Iterable, what: str, unit: str) -> Iterable:
+    """`rows` with a bar, if going through them takes more than a second, on the first process's terminal."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    return tqdm(rows, desc=what, unit=f" {unit}", delay=1.0, leave=False, disable=None if is_first else True)
 
 
 def log_line(logs: dict[str, Any], step: int) -> str | None:

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ivl_vllm.training.data import Example
+from ivl_vllm.training.progress import long_bar
 
 # What a chat template may raise: its own refusal, or Python's word on a message of another kind than it expects.
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
@@ -32,7 +33,7 @@ def check_rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
     if not examples or examples[0]["plain"]:
         return []
     unreasoned, changed = [], []
-    for example in examples:
+    for example in long_bar(examples, f"rendering {flag}", "examples"):
         where, answer = f"{flag}, line {example['line']}", example["completion"][0]
         options = {"tools": json.loads(example["tools"]) if example["tools"] else None}
         options |= {"tokenize": False, **example["chat_template_kwargs"]}

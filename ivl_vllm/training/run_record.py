@@ -19,7 +19,7 @@ from ivl_vllm.training.files import read_header
 from ivl_vllm.training.ivl_config import IVLConfig
 
 RECORD_NAME = "ivl_run.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _COMPARED = (
     "scheme",
     "norm",
@@ -34,7 +34,6 @@ _COMPARED = (
     "long_examples",
 )
 _IN_IVL_CONFIG = ("scheme", "norm", "norm_weight", "norm_positions", "base_temperature", "base_noise")
-_MODELS = ("base", "init", "more_bases")
 _SPELLED = {"norm_weight": "--norm_weight (--lambda)"}
 _SPELLED |= {"rows_per_step": "--batch_size × --gradient_accumulation_steps × processes"}
 
@@ -88,15 +87,13 @@ class RunRecord:
         """The record in a checkpoint, or None where there is none.
 
         Raises:
-            ValueError: The file is no record, or one of a later version.
+            ValueError: The file is no record, or one of another version.
         """
         path = folder / RECORD_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             settings, contents = dict(content["settings"]), dict(content["contents"])
-            if content["format_version"] == 1:  # its hashes of models saw less of them: their names are compared
-                contents = {name: text for name, text in contents.items() if name not in _MODELS}
-            elif content["format_version"] != FORMAT_VERSION:
+            if content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version is {content['format_version']!r}, expected {FORMAT_VERSION}")
             return cls(settings, contents)
         except FileNotFoundError:
