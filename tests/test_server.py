@@ -209,6 +209,59 @@ def test_numbers_that_json_clients_do_not_send(server, number):
     assert error.value.code == 400 and "ivl" in error.value.read().decode()
 
 
+def post(url: str, body: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_other_ways_in_give_what_chat_completions_give(server, models, tmp_path):
+    messages = [{"role": "user", "content": "the quick brown"}]
+    common = {"model": "base", "temperature": 0}
+    ways = {
+        "chat/completions": (
+            {"messages": messages, "max_tokens": 8},
+            lambda answer: answer["choices"][0]["message"]["content"],
+        ),
+        "responses": (
+            {"input": messages, "max_output_tokens": 8},
+            lambda answer: answer["output"][-1]["content"][-1]["text"],
+        ),
+        "messages": ({"messages": messages, "max_tokens": 8}, lambda answer: answer["content"][-1]["text"]),
+    }
+    weights = [0, 1.0, "math=-2,style=1"]
+    texts = {}
+    for way, (body, read) in ways.items():
+        url = f"{server}/v1/{way}"
+        texts[way] = [read(post(url, {**common, **body, "vllm_xargs": {"ivl": ivl}})) for ivl in weights]
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(url, {**common, **body, "vllm_xargs": {"ivl": "strong"}})
+        assert error.value.code == 400 and "ivl: strong" in error.value.read().decode().replace("'", "")
+    expected = texts["chat/completions"]
+    assert texts == dict.fromkeys(ways, expected) and len(set(expected)) == len(weights)
+
+    body = {**common, "messages": messages, "max_tokens": 8}
+    lines = [
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {**body, "vllm_xargs": {"ivl": ivl}},
+        }
+        for i, ivl in enumerate([*weights, "strong"])
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [str(BIN / "vllm"), "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    command += ["--model", str(models["base"]), "--served-model-name", "base", *SMALL]
+    command += ["--logits-processor", "ivl", "--additional-config", settings(models)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    answers = {row["custom_id"]: row for row in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    for i, text in enumerate(expected):
+        assert answers[str(i)]["response"]["body"]["choices"][0]["message"]["content"] == text
+    assert "ivl" in json.dumps(answers["3"]) and "strong" in json.dumps(answers["3"]["error"])
+
+
 def test_vllm_bench_serve_runs_unchanged(server, models, tmp_path):
     command = [str(BIN / "vllm"), "bench", "serve", "--backend", "openai", "--base-url", server, "--model", "base"]
     command += [
