@@ -23,5 +23,9 @@ def assert_all_pass(cases: str, count: int, variables: dict[str, str] | None = N
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--numprocesses", "0", str(HERE / cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-6000:]
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
-    assert counts == {"passed": count}, done.stdout[-500:]
+    assert count_results(done.stdout) == {"passed": count}, done.stdout[-500:]
+
+
+def count_results(text: str) -> dict[str, int]:
+    """What pytest's last line says: "passed" → how many, and so on."""
+    return {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", text)}

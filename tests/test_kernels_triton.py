@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_process import count_results
 
 triton_value_add = pytest.importorskip("ivl_kernels.triton_value_add")
 triton_lm_head_value_add = pytest.importorskip("ivl_kernels.triton_lm_head_value_add")
@@ -14,8 +15,11 @@ triton_lm_head_value_add = pytest.importorskip("ivl_kernels.triton_lm_head_value
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("cases", ["kernel_triton_cases.py", "kernel_fusion_triton_cases.py"])
-def test_all_cases_on_the_gpu_or_in_the_interpreter(cases):
+@pytest.mark.parametrize(
+    ("cases", "count", "needing_a_gpu", "needing_the_interpreter"),
+    [("kernel_triton_cases.py", 216, 2, 0), ("kernel_fusion_triton_cases.py", 85, 0, 1)],
+)
+def test_all_cases_on_the_gpu_or_in_the_interpreter(cases, count, needing_a_gpu, needing_the_interpreter):
     environment = dict(os.environ)
     if torch.cuda.is_available():
         environment.pop("TRITON_INTERPRET", None)
@@ -24,7 +28,9 @@ def test_all_cases_on_the_gpu_or_in_the_interpreter(cases):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", cases]
     run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    skipped = needing_the_interpreter if torch.cuda.is_available() else needing_a_gpu
+    expected = {"passed": count - skipped, "skipped": skipped}
+    assert {"skipped": 0, **count_results(run.stdout)} == expected
 
 
 @pytest.mark.parametrize(
