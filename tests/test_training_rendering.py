@@ -69,6 +69,14 @@ def test_a_prompt_that_is_rendered_otherwise_than_when_asked_is_told(tmp_path):
     ]
 
 
+def test_settings_that_a_template_does_not_know_are_told(tmp_path):
+    row = ask(content="therefore") | {"chat_template_kwargs": {"enable_thinking": False}}
+    misspelt = ask(content="therefore") | {"chat_template_kwargs": {"enable_thinkin_": False}}
+    assert check(tmp_path, "qwen3", row) == []
+    what = "the chat template has no 'enable_thinkin_', of `chat_template_kwargs`"
+    assert check(tmp_path, "qwen3", row, misspelt) == [f"warning: --data: {what}: 1 of 2 answers, the first in line 2"]
+
+
 def test_a_run_tells_and_refuses(tmp_path, capsys):
     family = make_family(tmp_path)
     for name in ("base", "small"):

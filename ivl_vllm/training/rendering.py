@@ -24,7 +24,8 @@ def check_rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
         flag: The flag that they came from.
 
     Returns:
-        Warnings, a line each: reasoning that is left out, and prompts that are rendered otherwise than when asked.
+        Warnings, a line each: reasoning that is left out, prompts that are rendered otherwise than when asked, and
+        settings that the template does not know.
 
     Raises:
         ValueError: The template does not take a conversation, or leaves out an answer's text or tool calls; with the
@@ -32,7 +33,8 @@ def check_rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
     """
     if not examples or examples[0]["plain"]:
         return []
-    unreasoned, changed = [], []
+    unreasoned, changed, unread = [], [], {}
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)  # or several, by name
     for example in long_bar(examples, f"rendering {flag}", "examples"):
         where, answer = f"{flag}, line {example['line']}", example["completion"][0]
         options = {"tools": json.loads(example["tools"]) if example["tools"] else None}
@@ -44,6 +46,9 @@ def check_rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
             raise ValueError(f"{where}: the chat template does not take this conversation: {error}") from error
         common = os.path.commonprefix([asked, whole])  # noqa: RUF071  (it is meant for texts too)
         trained = whole[len(common) :]
+        for name in example["chat_template_kwargs"]:
+            if name not in template:
+                unread.setdefault(name, []).append(example["line"])
         if not whole.startswith(asked):
             changed.append(example["line"])
         reasoning, _, content = answer["content"].rpartition("</think>")
@@ -63,6 +68,7 @@ def check_rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
     told = (
         (unreasoned, "the chat template leaves out the reasoning"),
         (changed, "the chat template renders the prompt otherwise before an answer than where it asks for one"),
+        *((lines, f"the chat template has no {name!r}, of `chat_template_kwargs`") for name, lines in unread.items()),
     )
     return [
         f"warning: {flag}: {what}: {len(lines)} of {len(examples)} answers, the first in line {lines[0]}"
