@@ -1,8 +1,10 @@
 """Value networks that are refused or warned of for what they are, and keys of requests that are meant to be `ivl`."""
 
 import shutil
+import socket
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from parity import create
@@ -45,6 +47,18 @@ def test_networks_that_read_more_than_their_tokens_are_refused():
     check(Gemma4ForCausalLM, "map", reads_ids=False, hidden_size_per_layer_input=0)
     with pytest.raises(ValueError, match="embeddings of each token for every layer.*'map'.*--input last"):
         check(Gemma4ForCausalLM, "map", reads_ids=False, hidden_size_per_layer_input=256)
+
+
+def test_a_name_that_is_neither_folder_nor_on_the_hub_is_told_without_trying_again(models, monkeypatch):
+    """Here the hub's server is a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *path: asked.append(path) or "/".join([endpoint, *path]))
+    with pytest.raises(ValueError, match="ivl: .*'values/math' .*no such folder, and the hub .* cannot be asked"):
+        create(models["base"], **ivl_vllm.engine_args(value_model="values/math"))
+    assert asked == [("values/math", "config.json")]
 
 
 def test_weights_that_were_cut_off_are_told_before_anything_is_loaded(models, tmp_path):

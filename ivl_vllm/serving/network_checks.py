@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from ivl_vllm.hub import ask_hub
 from ivl_vllm.plugin import ENGINE_KEY
 from ivl_vllm.settings import NetworkSource
 from ivl_vllm.training.files import read_header
@@ -60,9 +62,9 @@ def network_config(vllm_config: VllmConfig, network: str) -> ModelConfig:
 
     base = vllm_config.model_config
     is_folder = os.path.isdir(network)
-    if not is_folder:  # said first: asking a hub that cannot be reached takes minutes
-        logger.info("ivl: value network %r: no such folder here, so it is taken for a hub id", network)
     try:
+        if not is_folder and not envs.VLLM_USE_MODELSCOPE:  # first: vLLM tries for minutes where no hub can be reached
+            ask_hub(network)
         return ModelConfig(
             model=network,
             tokenizer=network,

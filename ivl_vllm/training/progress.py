@@ -1,4 +1,4 @@
-"""The trainer's progress bar, with one readable line per log instead of a printed dictionary."""
+"""Progress bars, and one readable line per log of the trainer in place of a printed dictionary."""
 
 import os
 from collections.abc import Iterable
