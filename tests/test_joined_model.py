@@ -9,7 +9,7 @@ import torch
 from parity import create
 from torch import nn
 
-from ivl_vllm.serving.joined_model import join
+from ivl_vllm.serving.joined_model import join, release
 from ivl_vllm.serving.network import StableInput
 from ivl_vllm.serving.value_rows import ValueRows
 
@@ -28,6 +28,8 @@ class Base(nn.Module):
 
 
 class FakeNetwork:
+    model = torch.nn.Module()
+
     def __init__(self, number: int):
         self.number = number
 
@@ -255,3 +257,12 @@ def test_inputs_stay_where_a_graph_was_captured():
     second = stable.hold(torch.tensor([7, 8]).int())
     assert first.data_ptr() == second.data_ptr() and second.tolist() == [7, 8]
     assert StableInput(4).hold(torch.zeros(9, 3)).shape == (9, 3)
+
+
+def test_a_base_that_is_gone_takes_its_own_networks_along_and_no_others():
+    rows, networks = ValueRows(), [FakeNetwork(1)]
+    rows.networks = networks
+    release(rows, [FakeNetwork(2)])
+    assert rows.networks is networks
+    release(rows, networks)
+    assert rows.networks == []

@@ -11,7 +11,7 @@ from parity import create
 from vllm import SamplingParams
 
 import ivl_vllm
-from ivl_vllm.serving import admission, network_checks
+from ivl_vllm.serving import admission, weight_checks
 from ivl_vllm.settings import Settings, Value
 
 
@@ -67,6 +67,10 @@ def test_weights_that_were_cut_off_are_told_before_anything_is_loaded(models, tm
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"^ivl: the value network .*model.safetensors is no safetensors file, or one"):
         create(models["base"], **ivl_vllm.engine_args(value_model=str(folder)))
+    # What an index does not name is not loaded either.
+    (folder / "whole.safetensors").write_bytes(whole)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "whole.safetensors"}}')
+    weight_checks.check_weights(str(folder))
 
 
 def test_heads_that_the_attention_cannot_take_are_refused():
@@ -79,7 +83,7 @@ def test_heads_that_the_attention_cannot_take_are_refused():
         return SimpleNamespace(head_size=size, attn_backend=CPUAttentionBackend)
 
     check_head_sizes([layer(64), SimpleNamespace()], "VALUE")
-    with pytest.raises(ValueError, match=r"'VALUE' has heads of size 16, and the attention backend \w+ takes 32, 64"):
+    with pytest.raises(ValueError, match=r"'VALUE' has heads of size 16, .* backend \w+ does not take it, only 32, 64"):
         check_head_sizes([layer(64), layer(16)], "VALUE")
 
 
@@ -87,10 +91,10 @@ def test_heads_that_the_attention_cannot_take_are_refused():
 def test_weights_that_are_not_finite_are_warned_of(monkeypatch, number):
     """A column without a finite value logit stays as it is: nobody would notice."""
     told = []
-    monkeypatch.setattr(network_checks.logger, "warning", lambda text, *given: told.append(text % given))
+    monkeypatch.setattr(weight_checks.logger, "warning", lambda text, *given: told.append(text % given))
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[1].weight.data[0, 1] = number
-    network_checks.warn_of_broken_weights(model, "VALUE")
+    weight_checks.warn_of_broken_weights(model, "VALUE")
     assert [("VALUE: 1 of its weights" in text, "1.weight" in text) for text in told] == [(True, True)] * (number != 0)
 
 

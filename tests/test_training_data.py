@@ -207,8 +207,12 @@ CALL = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "t
         ),
         (CHAT.replace('"b"', '"b", "weight": 0') % '"id": 1', "no assistant message with a `weight` other than 0"),
         (CHAT.replace('"b"', '"b", "weight": 0.5') % '"id": 1', "the `weight` of a message is 0.5; expected 0 or 1"),
-        (CALL % '[{"name": "f", "arguments": {"n": 18446744073709551616}}]', "1.84467e+19 takes more than 64 bits"),
-        (CHAT % '"chat_template_kwargs": {"n": Infinity}', "line 1: the number inf takes more than 64 bits or is none"),
+        (CALL % '[{"name": "f", "arguments": {"n": NaN}}]', "line 1: nan is no number that JSON has: write it as text"),
+        (CHAT % '"chat_template_kwargs": {"n": Infinity}', "line 1: inf is no number that JSON has: write it as text"),
+        (CHAT % '"tools": [{"n": 1e999}]', "line 1: inf is no number that JSON has: write it as text"),
+        (CHAT % f'"id": {"9" * 5000}', "line 1: no JSON (Exceeds the limit"),
+        (CALL % '[{"function": "f"}]', "line 1: a tool call's `function` must be an object with the `name` of a tool"),
+        (CALL % '[{"function": {"name": 5}}]', "line 1: a tool call's `function` must be an object with the `name`"),
         (CHAT % '"tools": "get_weather"', "line 1: `tools` is text, but no JSON: Expecting value"),
         (CHAT % '"tools": {"a": 1}', "line 1: `tools` must be a list of tools, not an object"),
         (
@@ -372,3 +376,67 @@ def test_packing_is_refused_for_a_network_that_sees_the_example_before(family, t
 
     with pytest.raises(ValueError, match="the network of --init, .* sees from one packed example into the next"):
         check_packing(Leaky(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)), trainer.data_collator, "--init")
+
+
+def test_nulls_and_fields_of_other_tools_are_no_faults(tmp_path):
+    row = {
+        "messages": [
+            {"role": "system", "content": "be kind", "weight": None, "tool_calls": None, "reason": "x"},
+            {"role": "user", "content": "a", "weight": None, "tool_calls": None, "logprob": -1.5},
+            {"role": "assistant", "content": "b", "weight": None, "tool_calls": None, "thinking": None},
+        ],
+        "system": "be kind",
+        "tool": None,
+        "toolset": "x",
+    }
+    (example,) = read_examples(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert example["prompt"] == [
+        {"role": "system", "content": "be kind", "reason": "x"},
+        {"role": "user", "content": "a", "logprob": -1.5},
+    ]
+    assert example["completion"] == [{"role": "assistant", "content": "b"}]
+    assert read_examples(write_rows(tmp_path / "plain.jsonl", [{"prompt": "a", "completion": "b", "tool": "x"}]))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_numbers_reach_the_template_as_they_are(family, tmp_path, processes):
+    """`datasets` would round them to ten decimals."""
+    from ivl_vllm.training.command import prepare
+
+    numbers = [2.5e-12, 3.141592653589793, 6.02214076e23, 12345678901234567890123, -0.0, 0.1, 7]
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'user' %}question : {% else %}answer : "
+        "{% for part in (n, m['tool_calls'][0]['arguments']['n']) %}{{ 'a' if part | string == s else 'b' }} "
+        "{% endfor %}{{ m['tool_calls'][0]['name'] }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}answer :{% endif %}"
+    )
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": None, "tool_calls": [{"name": "c", "arguments": {"n": number}}]},
+            ],
+            "chat_template_kwargs": {"n": number, "s": str(number)},
+        }
+        for number in numbers
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    more = (f"--data={data}", f"--chat_template_path={tmp_path / 't.jinja'}", f"--dataset_num_proc={processes}")
+    trainer = prepare(flags(family, tmp_path / "out", *more)).trainer
+    assert [trained for _, trained in answer_texts(trainer)] == ["a a c"] * len(numbers)
+
+
+def test_held_out_rows_all_count_where_training_drops_its_last_batch(family, tmp_path):
+    held_out, data = (
+        write_rows(tmp_path / "e.jsonl", uneven_rows(13)),
+        write_rows(tmp_path / "d.jsonl", uneven_rows(32)),
+    )
+    more = (f"--data={data}", f"--eval_data={held_out}", "--max_steps=2", "--eval_strategy=steps", "--eval_steps=2")
+    whole = train(family, tmp_path / "whole", *more, "--per_device_eval_batch_size=4")
+    more = (*more, "--dataloader_drop_last=true", "--load_best_model_at_end=true", "--save_strategy=steps")
+    for size in (4, 64):
+        found = train(family, tmp_path / str(size), *more, "--save_steps=2", f"--per_device_eval_batch_size={size}")
+        (losses, expected) = (
+            [log["eval_loss"] for log in run.state.log_history if "eval_loss" in log] for run in (found, whole)
+        )
+        assert losses == pytest.approx(expected, rel=1e-5) and losses

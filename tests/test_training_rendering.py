@@ -44,6 +44,19 @@ def test_calls_that_a_template_renders_are_trained(tmp_path):
     assert check(tmp_path, "qwen3", ask(content=None, tool_calls=[CALL])) == []
 
 
+def test_text_that_a_template_leaves_out_beside_a_call_is_told(tmp_path):
+    rows = (ask(content=None, tool_calls=[CALL]), ask(content="let me see", tool_calls=[CALL]))
+    what = "the chat template leaves out the text beside a tool call: 1 of 2 answers, the first in line 2"
+    assert check(tmp_path, "llama3_1", *rows) == [f"warning: --data: {what}"]
+    assert check(tmp_path, "qwen3", *rows) == []
+
+
+@pytest.mark.parametrize("answer", ["<answer>42</answer>", "<think>because</think><answer>42</answer>", "<"])
+def test_answers_that_begin_as_the_served_prompt_ends_are_there(tmp_path, answer):
+    """It ends with `<think>`, and the one that is trained with what comes before."""
+    check(tmp_path, "deepseek_r1_distill", ask(content=answer))
+
+
 def test_text_that_a_template_leaves_out_is_refused(tmp_path):
     """Of templates that look for a list of parts."""
     with pytest.raises(ValueError, match="line 1: the chat template leaves out the answer's text, so that an empty"):

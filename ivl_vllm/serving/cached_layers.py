@@ -137,7 +137,8 @@ def check_head_sizes(layers: Iterable[nn.Module], network: str) -> None:
         known = ", ".join(map(str, layer.attn_backend.get_supported_head_sizes()))
         raise ValueError(
             f"ivl: the value network {network!r} has heads of size {size}, and the attention backend "
-            f"{layer.attn_backend.get_name()} takes {known}: use another value network, or another --attention-backend"
+            f"{layer.attn_backend.get_name()} does not take it{f', only {known}' if known else ''}: use another value "
+            "network, or another --attention-backend"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 
-from ivl_vllm.serving.network import StableInput
+from ivl_vllm.serving.network import Network, StableInput
 from ivl_vllm.serving.steps import Steps
 from ivl_vllm.serving.value_rows import Rows, ValueRows
 
@@ -168,18 +168,19 @@ def join(
         base.do_not_compile = True
     kind = JoinedModel if for_drafter is None else ReadByDrafter
     base.__class__ = type(f"IVL{type(base).__name__}", (kind, type(base)), {"__module__": __name__})
-    weakref.finalize(base, release, steps.rows).atexit = False
+    weakref.finalize(base, release, steps.rows, steps.rows.networks).atexit = False
     return base
 
 
-def release(rows: ValueRows) -> None:
+def release(rows: ValueRows, networks: list[Network]) -> None:
     """Lets the networks of a base that is gone go too, and the KV cache with them, all of which each layer holds.
 
     vLLM frees an engine of this process through the modules of its base, among which the networks are not: torch keeps
     a compiled module until its hook is taken away.
     """
-    for network in rows.networks:
+    for network in networks:
         for module in network.model.modules():
             if isinstance(module, TorchCompileWithNoGuardsWrapper):
                 module.cleanup()
-    rows.networks, rows.groups = [], []
+    if rows.networks is networks:  # and not those of a base that came after it
+        rows.networks, rows.groups = [], []

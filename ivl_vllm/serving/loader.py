@@ -32,12 +32,12 @@ from ivl_vllm.serving.network_checks import (
     network_config,
     network_scheme,
     reads_token_ids,
-    warn_of_broken_weights,
 )
 from ivl_vllm.serving.shared_weights import projection_groups, share_equal_weights
 from ivl_vllm.serving.solved_weights import warm_up_solvers
 from ivl_vllm.serving.stages import built_on_one_stage
 from ivl_vllm.serving.steps import Steps, watch_steps
+from ivl_vllm.serving.weight_checks import warn_of_broken_weights
 from ivl_vllm.settings import NetworkSource, Value
 from ivl_vllm.vocab.vocab_map import VocabMap
 

@@ -9,20 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from vllm import envs
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ivl_vllm.hub import ask_hub
 from ivl_vllm.plugin import ENGINE_KEY
+from ivl_vllm.serving.weight_checks import check_weights
 from ivl_vllm.settings import NetworkSource
-from ivl_vllm.training.files import read_header
 from ivl_vllm.training.ivl_config import CONFIG_NAME, IVLConfig
 from ivl_vllm.vocab.vocab_map import VocabMap
 
 if TYPE_CHECKING:
-    from torch import nn
     from vllm.config import ModelConfig, VllmConfig
 
 # vLLM shows what is logged under its own name and nothing else.
@@ -42,7 +40,7 @@ def check_network(vllm_config: VllmConfig, source: NetworkSource) -> ModelConfig
     _check_model(vllm_config.model_config, value, source, scheme)
     _check_states(vllm_config, value, f"the value network {source.model!r} ({', '.join(value.architectures)})")
     if vllm_config.additional_config[ENGINE_KEY]["load_format"] != "dummy":
-        _check_weights(source.model)
+        check_weights(source.model)
     _check_parallel(vllm_config, value, source.model)
     _check_scheme(vllm_config, source.model, scheme)
     return value
@@ -254,34 +252,6 @@ def _check_parallel(vllm_config: VllmConfig, value: ModelConfig, network: str) -
         raise ValueError(
             f"ivl: the value network {network!r} does not fit the engine's parallelism: {error}"
         ) from error
-
-
-def _check_weights(network: str) -> None:
-    files = sorted(Path(network).glob("*.safetensors"))
-    if os.path.isdir(network) and not files:
-        raise ValueError(
-            f"ivl: the value network {network!r} has no *.safetensors file: save it with safetensors, the only format "
-            "that is loaded"
-        )
-    for file in files:
-        try:
-            read_header(file)
-        except ValueError as error:
-            raise ValueError(f"ivl: the value network {network!r} cannot be used: {error}") from error
-
-
-def warn_of_broken_weights(model: nn.Module, network: str) -> None:
-    """Logs weights that are not finite: their logits would not be either, and columns without a finite one stay."""
-    kinds = (torch.float16, torch.bfloat16, torch.float32)
-    broken = [name for name, p in model.named_parameters() if p.dtype in kinds and not p.isfinite().all()]
-    if broken:
-        logger.warning(
-            "ivl: value network %s: %d of its weights hold NaN or infinity, such as %s: what it adds may be nothing, "
-            "and requests that ask for it run unsteered without an error",
-            network,
-            len(broken),
-            broken[0],
-        )
 
 
 def _check_vocabulary(base: ModelConfig, value: ModelConfig, what: str) -> None:

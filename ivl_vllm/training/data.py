@@ -8,6 +8,7 @@ just as it will be when the model is asked for it.
 import difflib
 import functools
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -82,6 +83,8 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
         raise ValueError(f"{where}: too deeply nested") from None
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: {error.object[error.start]!r} is half a character (a lone surrogate)") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{where}: no JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if "messages" in row:
@@ -95,34 +98,36 @@ def _parse_line(line: bytes, where: str, number: int) -> list[Example]:
         {"prompt": prompt, "completion": completion, "line": number, "plain": isinstance(prompt, str)}
         for prompt, completion in pairs
     ]
-    if not examples[0]["plain"] and row.get("system"):
+    is_plain = examples[0]["plain"]
+    if not is_plain and row.get("system") and examples[0]["prompt"][0]["role"] != "system":
         raise ValueError(f"{where}: `system` is not read beside messages: make it the first of them, with that role")
-    if meant := _meant(row, _OPTIONAL, 0.8):  # other fields may stand there, for other tools
+    if not is_plain and (meant := _meant(row, _OPTIONAL, 0.85)):  # other fields may stand there, for other tools
         raise ValueError(f"{where}: a field that is not read{meant} Rename it, or leave it out")
     tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise ValueError(f"{where}: `chat_template_kwargs` must be an object, not {_kind(options)}")
-    _check_numbers(options, where)
+    _check_finite(options, where)
     if own := sorted(_OWN_SETTINGS & options.keys()):
         raise ValueError(f"{where}: `chat_template_kwargs` has {own[0]!r}, which is set for every line: leave it out")
-    if examples[0]["plain"] and (tools or options):
+    if is_plain and (tools or options):
         name = "tools" if tools else "chat_template_kwargs"
         raise ValueError(f"{where}: `{name}` is for a chat template, which plain text has none of: write `messages`")
     if isinstance(tools, str) and tools:
         tools = _parse_json(tools, f"{where}: `tools` is text, but no JSON")
     if tools and not isinstance(tools, list):
         raise ValueError(f"{where}: `tools` must be a list of tools, not {_kind(tools)}")
+    _check_finite(tools, where)
     tools = json.dumps([_tool_as_served(tool) for tool in tools]) if tools else None
     return [{**example, "tools": tools, "chat_template_kwargs": options} for example in examples]
 
 
-def _check_numbers(value: Any, where: str) -> None:
-    """Refuse numbers that `datasets` does not hold: it makes text of all around a long one, and null of infinity."""
+def _check_finite(value: Any, where: str) -> None:
+    """Refuse what Python's `json` reads as a number and no JSON has: NaN and infinity."""
     if isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
-            _check_numbers(part, where)
-    elif isinstance(value, (int, float)) and not -(2**63) <= value < 2**63:  # NaN too
-        raise ValueError(f"{where}: the number {value:.6g} takes more than 64 bits or is none: write it as text")
+            _check_finite(part, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {value} is no number that JSON has: write it as text, or leave it out")
 
 
 def _tool_as_served(tool: Any) -> Any:
@@ -142,7 +147,9 @@ def _parse_json(text: str, otherwise: str) -> Any:
 
 
 def _meant(row: dict, fields: tuple[str, ...] = _FIELDS, closeness: float = 0.6) -> str:
-    for name in row:
+    for name, value in row.items():
+        if value is None:
+            continue
         near = _nearest(name, fields, closeness)
         if near and near not in row:
             return f"; did you mean {near!r} by {name!r}?"
@@ -197,21 +204,26 @@ def _check_messages(messages: Any, name: str, where: str) -> list[dict]:
     """The messages, with tool calls as vLLM gives them to a chat template."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: `{name}` must be a list of at least one message")
+    # Exported tables give each message the fields of all; vLLM hands nulls to no template either.
+    messages = [
+        {key: part for key, part in message.items() if part is not None or key == "content"}
+        if isinstance(message, dict)
+        else message
+        for message in messages
+    ]
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where}: each message of `{name}` needs a `role`")
         if message["role"] != "assistant" and _nearest(message["role"], ("assistant",), 0.8):
             raise ValueError(f"{where}: a message has the role {message['role']!r}; did you mean 'assistant'?")
-        if meant := _meant({key: 0 for key in message if key not in _OTHER_PARTS}, _PARTS, 0.8):
+        if meant := _meant({key: 0 for key in message if key not in _OTHER_PARTS}, _PARTS, 0.85):
             raise ValueError(f"{where}: a field of a message that is not read{meant}")
         if message.get("weight", 1) not in (0, 1):
             raise ValueError(f"{where}: the `weight` of a message is {message['weight']!r}; expected 0 or 1")
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ValueError(f"{where}: the {message['role']} message of `{name}` needs `content` as text")
-    messages = [_as_served(message, where) if message["role"] == "assistant" else message for message in messages]
-    _check_numbers(messages, where)
-    return messages
+    return [_as_served(message, where) if message["role"] == "assistant" else message for message in messages]
 
 
 def _as_served(message: dict, where: str) -> dict:
@@ -225,11 +237,15 @@ def _as_served(message: dict, where: str) -> dict:
         return message
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"{where}: `tool_calls` must be a list of objects")
+    _check_finite(calls, where)
     return {**message, "tool_calls": [_parse_call(call, where) for call in calls]}
 
 
 def _parse_call(call: dict, where: str) -> dict:
-    if isinstance(call.get("function"), dict):
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name", ""), str):
+        raise ValueError(f"{where}: a tool call's `function` must be an object with the `name` of a tool as text")
+    if "function" in call:
         return {**call, "function": _with_arguments(call["function"], where)}
     return _with_arguments(call, where) if "arguments" in call else call
 
@@ -270,10 +286,13 @@ def to_dataset(examples: list[Example]) -> "Dataset":
     """The examples as an in-memory `datasets.Dataset`; the column `line` survives TRL's preparation."""
     from datasets import Dataset, Features, Json, List, Value
 
+    from ivl_vllm.training.exact_json import exact_numbers
+
     columns = {"prompt": Value("string"), "completion": Value("string"), "line": Value("int64")}
     if not examples[0]["plain"]:
         # As JSON: Arrow would merge the fields of all messages and tools of the file, and give each those of all.
         messages = {"prompt": List(Json()), "completion": List(Json())}
         columns |= messages | {"tools": Value("string"), "chat_template_kwargs": Json()}
     rows = [{name: example[name] for name in columns} for example in examples]
-    return Dataset.from_list(rows, features=Features(columns))
+    with exact_numbers():
+        return Dataset.from_list(rows, features=Features(columns))

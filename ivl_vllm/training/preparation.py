@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from ivl_vllm.training.exact_json import exact_numbers
 from ivl_vllm.training.objective import IGNORED
 from ivl_vllm.training.progress import long_bar
 
@@ -112,7 +113,8 @@ class Preparation(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         flag = _FLAGS.get(rest[-1], str(rest[-1]))
-        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
+        with exact_numbers():
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
         # Conversations and tools, of which nothing but time is left to lose.
         dataset = dataset.select_columns([name for name in dataset.column_names if name in _KEPT])
         dataset, message = self._limits.apply(dataset, flag)
@@ -148,12 +150,16 @@ class Preparation(SFTTrainer):
         accelerate evens batches out by repeating rows, which the loss would count twice. Blank rows (no answer token)
         make the batches even instead, so every process makes the same number of steps, as FSDP needs.
         """
-        if self.args.world_size == 1:
-            return super().get_eval_dataloader(eval_dataset)
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(pad_rows(rows, self.args.eval_batch_size * self.args.world_size))
+        if self.args.world_size > 1:
+            rows = pad_rows(rows, self.args.eval_batch_size * self.args.world_size)
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # of training rows alone
+        try:
+            return super().get_eval_dataloader(rows)
+        finally:
+            self.args.dataloader_drop_last = drops
 
 
 class _BlanksLast(Sampler):

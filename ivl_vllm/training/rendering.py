@@ -33,7 +33,7 @@ def check_rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
     """
     if not examples or examples[0]["plain"]:
         return []
-    unreasoned, changed, unread = [], [], {}
+    unreasoned, beside, changed, unread = [], [], [], {}
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)  # or several, by name
     for example in long_bar(examples, f"rendering {flag}", "examples"):
         where, answer = f"{flag}, line {example['line']}", example["completion"][0]
@@ -44,29 +44,31 @@ def check_rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
             whole = tokenizer.apply_chat_template([*example["prompt"], answer], **options)
         except _REFUSALS as error:
             raise ValueError(f"{where}: the chat template does not take this conversation: {error}") from error
-        common = os.path.commonprefix([asked, whole])  # noqa: RUF071  (it is meant for texts too)
-        trained = whole[len(common) :]
+        trained = _after(asked, whole, answer["content"].strip())
         for name in example["chat_template_kwargs"]:
             if name not in template:
                 unread.setdefault(name, []).append(example["line"])
         if not whole.startswith(asked):
             changed.append(example["line"])
         reasoning, _, content = answer["content"].rpartition("</think>")
-        if _is_lost(content, trained):
-            raise ValueError(
-                f"{where}: the chat template leaves out the answer's text, so that an empty answer would be trained: "
-                "give another with --chat_template_path"
-            )
         for name in filter(None, map(_called, answer.get("tool_calls", ()))):
             if name not in trained:
                 raise ValueError(
                     f"{where}: the chat template leaves out the tool call {name!r}, so that an answer without it would "
                     "be trained: give another with --chat_template_path, or leave the line out"
                 )
+        if _is_lost(content, trained):
+            if not answer.get("tool_calls"):
+                raise ValueError(
+                    f"{where}: the chat template leaves out the answer's text, so that an empty answer would be "
+                    "trained: give another with --chat_template_path"
+                )
+            beside.append(example["line"])
         if _is_lost(answer.get("reasoning_content") or reasoning.replace("<think>", ""), trained):
             unreasoned.append(example["line"])
     told = (
         (unreasoned, "the chat template leaves out the reasoning"),
+        (beside, "the chat template leaves out the text beside a tool call"),
         (changed, "the chat template renders the prompt otherwise before an answer than where it asks for one"),
         *((lines, f"the chat template has no {name!r}, of `chat_template_kwargs`") for name, lines in unread.items()),
     )
@@ -75,6 +77,15 @@ def check_rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
         for lines, what in told
         if lines
     ]
+
+
+def _after(asked: str, whole: str, answer: str) -> str:
+    """What follows the prompt: from where both differ, or from the answer's start if they differ in the midst of it."""
+    start = len(os.path.commonprefix([asked, whole]))  # noqa: RUF071  (it is meant for texts too)
+    if start < len(asked):
+        inside = (size for size in range(min(start, len(answer)), 0, -1) if whole[:start].endswith(answer[:size]))
+        start -= next(inside, 0)
+    return whole[start:]
 
 
 def _is_lost(text: Any, rendered: str) -> bool:
