@@ -112,9 +112,10 @@ def _train(words: list[str]) -> int:
         if run.trainer.has_begun:
             raise
         # transformers makes optimizer and scheduler there: a missing package, or arguments that they do not take.
+        resumed = ", or at what --resume names" if run.trainer.args.resume_from_checkpoint else ""
         print(
             f"ivl train: error: nothing was trained: {' '.join(str(error).split())}; look at --optim, --optim_args, "
-            "--lr_scheduler_type and --lr_scheduler_kwargs, which decide what is made before the first step",
+            f"--lr_scheduler_type and --lr_scheduler_kwargs, which decide what is made before the first step{resumed}",
             file=sys.stderr,
         )
         status = 2

@@ -47,8 +47,9 @@ def ask_hub(name: str) -> None:
         reason = "no model of that name on the hub, or one that needs a login (hf auth login)"
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        if status is None or status == 429 or status >= 500:
-            return  # in passing, it seems: the loaders retry
+        # In passing, it seems: the loaders retry. Mirrors say 404 of a file too without saying of what.
+        if status is None or status in (404, 408, 429) or status >= 500:
+            return
         reason = f"the hub refuses it: {first_line(error)}"
     # The errors of the connection itself depend on the client's version, and are not OSError in all.
     except Exception as error:

@@ -179,9 +179,14 @@ def test_any_change_of_a_model_changes_its_fingerprint(family):
     model = load()
     model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 123.0}
     assert fingerprint(model) != same
-    # Lengths and places that are no multiple of eight bytes.
-    model.register_buffer("odd", torch.zeros(512, dtype=torch.float16)[1:304])
+    # Rows in another order.
+    same, rows = fingerprint(model), model.get_input_embeddings().weight.data
+    assert rows[-2:].numel() < 512 < rows.numel()
+    rows[[0, -1]] = rows[[-1, 0]]
+    assert fingerprint(model) != same
+    # Lengths and places that are no multiple of what is summed at a time.
+    model.register_buffer("odd", torch.zeros(5000, dtype=torch.float16)[1:2304])
     same = fingerprint(model)
-    for index in range(303):
+    for index in [*range(300), *range(2000, 2303)]:
         model.odd.zero_()[index] = 1
         assert fingerprint(model) != same, index

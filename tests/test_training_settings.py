@@ -139,6 +139,7 @@ def test_a_name_that_is_neither_folder_nor_on_the_hub_is_told_at_once(family, tm
     [
         (404, "RepoNotFound", "no model of that name on the hub"),
         (404, "EntryNotFound", None),
+        (404, None, None),
         (403, None, "the hub refuses it"),
         (200, None, None),
         (503, None, None),

@@ -57,7 +57,7 @@ class IVLModelLoader(BaseModelLoader):
         get_model_loader(self._base_load_config("auto")).load_weights(model, model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """The base's weights by name, which vLLM's `reload_weights` asks for."""
+        """The base's weights by name as vLLM's own loader reads them, which `reload_weights` asks for."""
         return get_model_loader(self._base_load_config("auto")).get_all_weights(model_config, model)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:

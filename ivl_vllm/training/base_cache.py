@@ -176,9 +176,9 @@ def split_examples(inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> list[
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of a model's settings, its layout, and of each tensor the first bytes and the sum of its 64-bit words.
+    """A hash of a model's settings, its layout, and of each tensor the first bytes and sums of 64-bit words, 512 each.
 
-    Another model differs, and so does one of which a single number was trained on.
+    A model differs of which a single number was trained on, or whose rows are in another order.
     """
     settings = {name: x for name, x in model.config.to_diff_dict().items() if not _NOT_THE_MODELS.search(name)}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
@@ -186,11 +186,11 @@ def fingerprint(model: PreTrainedModel) -> str:
         data = tensor.detach().contiguous().flatten().view(torch.uint8)
         if data.storage_offset() % 8:  # a slice of something larger
             data = data.clone()
-        rest = len(data) % 8
-        # Words of 64 bits: ten times as fast as the numbers one by one, and what overflows is of no matter.
-        total = int(data[: len(data) - rest].view(torch.int64).sum())
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
-        for part in (data[:256], data[len(data) - rest :]):
+        rest = len(data) % (8 * 512)
+        # Ten times as fast as the numbers one by one, and what overflows is of no matter.
+        sums = data[: len(data) - rest].view(torch.int64).view(-1, 512).sum(1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        for part in (sums, data[:256], data[len(data) - rest :]):
             digest.update(part.cpu().numpy().tobytes())
     return digest.hexdigest()
 
